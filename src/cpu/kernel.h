@@ -19,7 +19,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "problem.h"
+#include "../problem.h"
 
 enum {
     KEY_BLOCK = 16,         /* keys of one block: 16 divides every page size */

@@ -1,0 +1,379 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The CPU backend: OpenMP threads take items of the plan, call one kernel, keep the k best of
+ * each row and write them. All memory comes from one allocation made with the context.
+ */
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "../backend.h"
+#include "../dtype.h"
+#include "../error.h"
+#include "features.h"
+#include "kernels.h"
+#include "plan.h"
+#include "topk.h"
+
+enum {
+    TILE_KEYS = 480,   /* keys of one score() call: 30 key blocks, 10 tiles of 48 */
+    AHEAD_KEYS = 384,  /* how far ahead of a tile a kernel may prefetch */
+    LIST_BLOCKS = (TILE_KEYS + AHEAD_KEYS) / KEY_BLOCK,
+    ROW_BYTES = 11 << 18,  /* of a worker, for packed queries and candidates: 2.75 MiB */
+    SLOT_BYTES = 1 << 20,  /* of a worker, for partial results */
+    WORKER_BYTES = ROW_BYTES + SLOT_BYTES,
+    SPLITS_PER_WORKER = 64, /* cut blocks; each has at least two pieces and so two slots */
+};
+
+struct split {
+    _Atomic int32_t done; /* pieces that have arrived; 0 between runs */
+};
+
+struct cpu {
+    const struct kernel *kernel;
+    unsigned char *memory; /* n_workers x ROW_BYTES, then the slots */
+    struct split *splits;
+    int n_workers;
+};
+
+/* What a worker holds of one row of its block. */
+struct row {
+    void *packed;
+    struct topk topk;
+    int64_t visible;
+};
+
+struct run {
+    const struct cpu *cpu;
+    const struct problem *p;
+    const struct kernel_path *path;
+    struct plan plan;
+    size_t packed_bytes;
+    size_t entry_bytes;
+    unsigned char *slots;
+    size_t slot_bytes;
+    _Atomic int64_t next_item;
+};
+
+struct worker {
+    struct run *run;
+    struct row row[PLAN_ROWS];
+    const void *list[LIST_BLOCKS];
+    _Alignas(64) float score[TILE_KEYS];
+    float weights[MAX_HEADS];
+};
+
+static size_t round_up(size_t n, size_t to) {
+    return (n + to - 1) / to * to;
+}
+
+static int default_threads(void) {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+static void cpu_destroy(void *state) {
+    struct cpu *cpu = state;
+    free(cpu->memory);
+    free(cpu->splits);
+    free(cpu);
+}
+
+static int cpu_create(void **state, const struct lidx_options *options) {
+    struct cpu *cpu = calloc(1, sizeof *cpu);
+    if (!cpu)
+        return lidx_fail(LIDX_ERR_MEMORY, "no memory for the CPU's part of a context");
+    int n = options->n_threads ? options->n_threads : default_threads();
+    cpu->n_workers = n < 1 ? 1 : n > LIDX_MAX_THREADS ? LIDX_MAX_THREADS : n;
+    const struct kernel *forced = options->kernel ? lidx_kernel_choose(options->kernel) : NULL;
+    cpu->kernel = forced ? forced : lidx_kernel_choose(NULL);
+    size_t bytes = (size_t)cpu->n_workers * WORKER_BYTES;
+    cpu->memory = aligned_alloc(4096, bytes);
+    cpu->splits = calloc((size_t)cpu->n_workers * SPLITS_PER_WORKER, sizeof *cpu->splits);
+    if (!cpu->memory || !cpu->splits) {
+        cpu_destroy(cpu);
+        return lidx_fail(LIDX_ERR_MEMORY, "no memory for %d threads of %d bytes", n, WORKER_BYTES);
+    }
+    *state = cpu;
+    return LIDX_OK;
+}
+
+static int cpu_workspace_size(void *state, const struct problem *p, int32_t device_id,
+                              size_t *bytes) {
+    (void)state;
+    (void)p;
+    (void)device_id;
+    *bytes = 0;
+    return LIDX_OK;
+}
+
+static const unsigned char *offset(const void *base, int64_t bytes) {
+    return (const unsigned char *)base + bytes;
+}
+
+static const unsigned char *query_at(const struct problem *p, int64_t batch, int64_t row) {
+    int64_t row_bytes = (int64_t)p->n_heads * p->head_dim * lidx_dtype_bytes(p->dtype);
+    return offset(p->query, batch * p->query_batch_stride + row * row_bytes);
+}
+
+static const unsigned char *weights_at(const struct problem *p, int64_t batch, int64_t row) {
+    int64_t row_bytes = (int64_t)p->n_heads * lidx_dtype_bytes(p->weights_dtype);
+    return offset(p->weights, batch * p->weights_batch_stride + row * row_bytes);
+}
+
+/* The first of the KEY_BLOCK keys from `key` on; `key` is a multiple of KEY_BLOCK. */
+static const void *key_block_at(const struct problem *p, const struct extent *e, int64_t batch,
+                                int64_t key) {
+    int64_t row_bytes = (int64_t)p->head_dim * lidx_dtype_bytes(p->dtype);
+    if (!p->page_size)
+        return offset(p->key, batch * p->key_batch_stride + (e->key_begin + key) * row_bytes);
+    const void *table = offset(p->page_table, batch * p->page_table_stride);
+    int64_t page = ((const int32_t *)table)[key / p->page_size];
+    return offset(p->key, page * p->key_batch_stride + key % p->page_size * row_bytes);
+}
+
+/* Writes a row: the sorted entries, then -1 and -inf. */
+static void write_row(const struct problem *p, int64_t batch, int64_t row, const uint64_t *entry,
+                      int n) {
+    int32_t *indices = (int32_t *)((unsigned char *)p->indices + batch * p->indices_batch_stride) +
+                       row * p->top_k;
+    for (int i = 0; i < p->top_k; i++)
+        indices[i] = i < n ? lidx_topk_position(entry[i]) : -1;
+    if (!p->values)
+        return;
+    void *values = (unsigned char *)p->values + batch * p->values_batch_stride +
+                   row * p->top_k * lidx_dtype_bytes(p->values_dtype);
+    for (int i = 0; i < p->top_k; i++)
+        lidx_store(values, i, p->values_dtype,
+                   i < n ? lidx_topk_score(entry[i]) : -__builtin_inff());
+}
+
+/* Rows of a batch past its real length. */
+static void write_empty_rows(const struct problem *p, int64_t batch) {
+    struct extent e = lidx_extent(p, batch);
+    for (int64_t i = e.n_query; i < e.n_slots; i++)
+        write_row(p, batch, e.query_begin + i, NULL, 0);
+}
+
+/* Rows of a packed query past the last batch. */
+static void write_rows_past_end(const struct problem *p) {
+    if (!p->query_packed)
+        return;
+    int64_t end = 0;
+    if (p->n_batch) {
+        struct extent last = lidx_extent(p, p->n_batch - 1);
+        end = last.query_begin + last.n_query;
+    }
+    for (int64_t i = end; i < p->n_query; i++)
+        write_row(p, 0, i, NULL, 0);
+}
+
+static void load_rows(struct worker *w, const struct plan_item *item) {
+    const struct problem *p = w->run->p;
+    for (int r = 0; r < item->n_rows; r++) {
+        int64_t row = item->extent.query_begin + item->row + r;
+        const void *weights = weights_at(p, item->batch, row);
+        for (int h = 0; h < p->n_heads; h++)
+            w->weights[h] = lidx_load(weights, h, p->weights_dtype);
+        const struct query_row query = {query_at(p, item->batch, row), w->weights, p->n_heads,
+                                        p->head_dim};
+        w->run->path->pack(w->row[r].packed, &query);
+        w->row[r].visible = lidx_visible(p, &item->extent, item->row + r);
+        lidx_topk_reset(&w->row[r].topk, p->top_k, w->row[r].topk.entry);
+    }
+}
+
+/* Lists the key blocks of [begin, end) and, for prefetch, of what follows; returns how many
+ * follow. */
+static int list_blocks(struct worker *w, const struct plan_item *item, int64_t begin, int64_t end) {
+    int64_t limit = item->key_end < end + AHEAD_KEYS ? item->key_end : end + AHEAD_KEYS;
+    int n = 0, ahead = 0;
+    for (int64_t key = begin; key < limit; key += KEY_BLOCK) {
+        w->list[n++] = key_block_at(w->run->p, &item->extent, item->batch, key);
+        ahead += key >= end;
+    }
+    return ahead;
+}
+
+/* Scores the item's keys for each of its rows, a tile of keys at a time: the tile stays in cache
+ * while the rows pass over it. */
+static void score_item(struct worker *w, const struct plan_item *item) {
+    const struct problem *p = w->run->p;
+    int row_stride = p->head_dim * lidx_dtype_bytes(p->dtype);
+    for (int64_t begin = item->key_begin; begin < item->key_end; begin += TILE_KEYS) {
+        int64_t end = begin + TILE_KEYS < item->key_end ? begin + TILE_KEYS : item->key_end;
+        int ahead = list_blocks(w, item, begin, end);
+        for (int r = 0; r < item->n_rows; r++) {
+            struct row *row = &w->row[r];
+            int64_t n = (row->visible < end ? row->visible : end) - begin;
+            if (n <= 0)
+                continue;
+            const struct key_run keys = {w->list, row_stride, (int)n, n == end - begin ? ahead : 0};
+            w->run->path->score(w->score, row->packed, p->n_heads, p->head_dim, &keys);
+            lidx_topk_push(&row->topk, w->score, (int)n, begin, lidx_topk_filter);
+        }
+    }
+}
+
+struct slot {
+    int64_t n;
+    uint64_t entry[];
+};
+
+static struct slot *slot_at(const struct run *run, int64_t index) {
+    return (struct slot *)(void *)(run->slots + (size_t)index * run->slot_bytes);
+}
+
+static void store_partials(struct worker *w, const struct plan_item *item) {
+    for (int r = 0; r < item->n_rows; r++) {
+        struct topk *t = &w->row[r].topk;
+        struct slot *slot = slot_at(w->run, item->slot + (int64_t)item->piece * item->n_rows + r);
+        lidx_topk_select(t);
+        slot->n = t->n;
+        memcpy(slot->entry, t->entry, sizeof *t->entry * (size_t)t->n);
+    }
+}
+
+static void merge_partials(struct worker *w, const struct plan_item *item) {
+    for (int r = 0; r < item->n_rows; r++) {
+        struct topk *t = &w->row[r].topk;
+        lidx_topk_reset(t, t->k, t->entry);
+        for (int i = 0; i < item->n_pieces; i++) {
+            const struct slot *slot = slot_at(w->run, item->slot + (int64_t)i * item->n_rows + r);
+            lidx_topk_merge(t, slot->entry, (int)slot->n);
+        }
+    }
+}
+
+/* Whether this worker brings the last piece of a cut block. */
+static int arrives_last(struct worker *w, const struct plan_item *item) {
+    struct split *split = &w->run->cpu->splits[item->split];
+    if (atomic_fetch_add_explicit(&split->done, 1, memory_order_acq_rel) != item->n_pieces - 1)
+        return 0;
+    atomic_store_explicit(&split->done, 0, memory_order_relaxed);
+    return 1;
+}
+
+static void run_item(struct worker *w, const struct plan_item *item) {
+    load_rows(w, item);
+    score_item(w, item);
+    if (item->n_pieces > 1) {
+        store_partials(w, item);
+        if (!arrives_last(w, item))
+            return;
+        merge_partials(w, item);
+    }
+    for (int r = 0; r < item->n_rows; r++) {
+        struct topk *t = &w->row[r].topk;
+        lidx_topk_sort(t);
+        write_row(w->run->p, item->batch, item->extent.query_begin + item->row + r, t->entry, t->n);
+    }
+}
+
+static void assign_memory(struct worker *w, struct run *run, int index) {
+    unsigned char *memory = run->cpu->memory + (size_t)index * ROW_BYTES;
+    w->run = run;
+    for (int r = 0; r < run->plan.rows; r++) {
+        w->row[r].packed = memory;
+        memory += run->packed_bytes;
+        w->row[r].topk.entry = (uint64_t *)(void *)memory;
+        memory += run->entry_bytes;
+    }
+}
+
+static void work(struct run *run, int index, int n_threads) {
+    struct worker w;
+    struct plan_cursor cursor;
+    struct plan_item item;
+    const struct kernel *kernel = run->cpu->kernel;
+    assign_memory(&w, run, index);
+    lidx_plan_start(&cursor, &run->plan);
+    if (kernel->enter)
+        kernel->enter();
+    for (;;) {
+        int64_t i = atomic_fetch_add_explicit(&run->next_item, 1, memory_order_relaxed);
+        if (i >= run->plan.n_items)
+            break;
+        lidx_plan_seek(&cursor, i, &item);
+        run_item(&w, &item);
+    }
+    if (kernel->leave)
+        kernel->leave();
+    for (int64_t b = index; b < run->p->n_batch; b += n_threads)
+        write_empty_rows(run->p, b);
+    if (index == 0)
+        write_rows_past_end(run->p);
+}
+
+static void prepare_run(struct run *run, const struct cpu *cpu, const struct problem *p) {
+    run->cpu = cpu;
+    run->p = p;
+    run->path = &cpu->kernel->path[p->dtype];
+    run->packed_bytes = round_up(run->path->packed_size(p->n_heads, p->head_dim), 64);
+    run->entry_bytes = round_up(sizeof(uint64_t) * (size_t)lidx_topk_capacity(p->top_k), 64);
+    run->slots = cpu->memory + (size_t)cpu->n_workers * ROW_BYTES;
+    run->slot_bytes = sizeof(struct slot) + sizeof(uint64_t) * (size_t)p->top_k;
+    atomic_init(&run->next_item, 0);
+    size_t rows = ROW_BYTES / (run->packed_bytes + run->entry_bytes);
+    int64_t slots = (int64_t)((size_t)cpu->n_workers * SLOT_BYTES / run->slot_bytes);
+    int64_t most = 2 * (int64_t)cpu->n_workers * SPLITS_PER_WORKER;
+    const struct plan_limits limits = {cpu->n_workers, rows < PLAN_ROWS ? (int)rows : PLAN_ROWS,
+                                       slots < most ? slots : most};
+    lidx_plan_build(&run->plan, p, &limits);
+}
+
+static int cpu_run(void *state, const struct problem *p, const struct run_resources *resources) {
+    struct cpu *cpu = state;
+    struct run run;
+    (void)resources;
+    prepare_run(&run, cpu, p);
+    int64_t items = run.plan.n_items > 0 ? run.plan.n_items : 1;
+    int n = items < cpu->n_workers ? (int)items : cpu->n_workers;
+    if (n == 1) {
+        work(&run, 0, 1);
+        return LIDX_OK;
+    }
+#ifdef _OPENMP
+#pragma omp parallel num_threads(n)
+    work(&run, omp_get_thread_num(), omp_get_num_threads());
+#endif
+    return LIDX_OK;
+}
+
+static int cpu_kernel_count(void) {
+    int count = 0;
+    while (lidx_kernels[count])
+        count++;
+    return count;
+}
+
+static void cpu_kernel_info(int index, struct lidx_kernel_info *info) {
+    const struct kernel *kernel = lidx_kernels[index];
+    int chosen = kernel == lidx_kernel_choose(NULL);
+    info->name = kernel->name;
+    info->available = lidx_kernel_usable(kernel);
+    info->chosen_bf16 = info->chosen_fp16 = chosen;
+    info->reason = lidx_kernel_reason(kernel);
+}
+
+const char *lidx_cpu_features(void) {
+    return lidx_features_names();
+}
+
+const struct backend lidx_backend_cpu = {
+    .name = "cpu",
+    .device_type = LIDX_CPU,
+    .create = cpu_create,
+    .destroy = cpu_destroy,
+    .workspace_size = cpu_workspace_size,
+    .run = cpu_run,
+    .kernel_count = cpu_kernel_count,
+    .kernel_info = cpu_kernel_info,
+};

@@ -1,0 +1,77 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Exact top-k of a stream of scores, in O(k) memory, and the tie rule in one place.
+ *
+ * A candidate is one 64-bit number: the score as an order-preserving integer above, the
+ * complement of the position below. Larger is better, no two are equal, so "score descending,
+ * equal scores by ascending position, -0 as +0, NaN last" is plain integer order, and the k
+ * largest do not depend on the order in which they came.
+ */
+#ifndef LIDX_TOPK_H
+#define LIDX_TOPK_H
+
+#include <stdint.h>
+#include <string.h>
+
+enum {
+    TOPK_STEP = 512, /* most scores of one push */
+};
+
+/* Appends to `entry` the candidates of score[0..n) at positions position.. that beat `threshold`,
+ * and returns how many. May write up to n entries (whatever their number). A CPU kernel may bring
+ * a vector form of it. */
+typedef int (*topk_filter)(uint64_t *entry, const float *score, int n, uint32_t position,
+                           uint64_t threshold);
+
+struct topk {
+    uint64_t *entry;    /* caller's, lidx_topk_capacity(k) of them */
+    uint64_t threshold; /* whatever does not beat it cannot be among the k best */
+    int n;
+    int k;
+    int capacity;
+};
+
+static inline int lidx_topk_capacity(int k) {
+    return 4 * k + 2 * TOPK_STEP;
+}
+
+/* Order-preserving integer of a score: -0 as +0, NaN as 0, below -inf. */
+static inline uint32_t lidx_topk_key(float score) {
+    float positive_zero = score + 0.0f;
+    uint32_t bits;
+    memcpy(&bits, &positive_zero, sizeof bits);
+    uint32_t key = bits ^ ((uint32_t)((int32_t)bits >> 31) | 0x80000000u);
+    return score != score ? 0 : key;
+}
+
+static inline uint64_t lidx_topk_entry(float score, uint32_t position) {
+    return (uint64_t)lidx_topk_key(score) << 32 | (uint32_t)~position;
+}
+
+static inline int32_t lidx_topk_position(uint64_t entry) {
+    return (int32_t)~(uint32_t)entry;
+}
+
+/* The score back from an entry; NaN is the canonical quiet NaN. */
+float lidx_topk_score(uint64_t entry);
+
+void lidx_topk_reset(struct topk *t, int k, uint64_t *entry);
+
+/* n <= TOPK_STEP scores of positions position, position + 1, ... */
+void lidx_topk_push(struct topk *t, const float *score, int n, int64_t position,
+                    topk_filter filter);
+
+/* Candidates that another stream of the same row kept. */
+void lidx_topk_merge(struct topk *t, const uint64_t *entry, int n);
+
+/* Reduces to the k best, in no order. */
+void lidx_topk_select(struct topk *t);
+
+/* Reduces to the k best, best first; entry[0..n) is the answer. */
+void lidx_topk_sort(struct topk *t);
+
+/* The portable filter. */
+int lidx_topk_filter(uint64_t *entry, const float *score, int n, uint32_t position,
+                     uint64_t threshold);
+
+#endif
