@@ -51,6 +51,7 @@ struct run {
     const struct cpu *cpu;
     const struct problem *p;
     const struct kernel_path *path;
+    const struct topk_loops *loops;
     struct plan plan;
     size_t packed_bytes;
     size_t entry_bytes;
@@ -186,7 +187,7 @@ static void load_rows(struct worker *w, const struct plan_item *item) {
                                         p->head_dim};
         w->run->path->pack(w->row[r].packed, &query);
         w->row[r].visible = lidx_visible(p, &item->extent, item->row + r);
-        lidx_topk_reset(&w->row[r].topk, p->top_k, w->row[r].topk.entry);
+        lidx_topk_reset(&w->row[r].topk, p->top_k, w->row[r].topk.entry, w->run->loops);
     }
 }
 
@@ -217,7 +218,7 @@ static void score_item(struct worker *w, const struct plan_item *item) {
                 continue;
             const struct key_run keys = {w->list, row_stride, (int)n, n == end - begin ? ahead : 0};
             w->run->path->score(w->score, row->packed, p->n_heads, p->head_dim, &keys);
-            lidx_topk_push(&row->topk, w->score, (int)n, begin, lidx_topk_filter);
+            lidx_topk_push(&row->topk, w->score, (int)n, begin);
         }
     }
 }
@@ -244,7 +245,7 @@ static void store_partials(struct worker *w, const struct plan_item *item) {
 static void merge_partials(struct worker *w, const struct plan_item *item) {
     for (int r = 0; r < item->n_rows; r++) {
         struct topk *t = &w->row[r].topk;
-        lidx_topk_reset(t, t->k, t->entry);
+        lidx_topk_reset(t, t->k, t->entry, t->loops);
         for (int i = 0; i < item->n_pieces; i++) {
             const struct slot *slot = slot_at(w->run, item->slot + (int64_t)i * item->n_rows + r);
             lidx_topk_merge(t, slot->entry, (int)slot->n);
@@ -316,6 +317,7 @@ static void prepare_run(struct run *run, const struct cpu *cpu, const struct pro
     run->cpu = cpu;
     run->p = p;
     run->path = &cpu->kernel->path[p->dtype];
+    run->loops = cpu->kernel->topk ? cpu->kernel->topk : &lidx_topk_portable;
     run->packed_bytes = round_up(run->path->packed_size(p->n_heads, p->head_dim), 64);
     run->entry_bytes = round_up(sizeof(uint64_t) * (size_t)lidx_topk_capacity(p->top_k), 64);
     run->slots = cpu->memory + (size_t)cpu->n_workers * ROW_BYTES;

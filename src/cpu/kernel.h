@@ -59,12 +59,15 @@ struct kernel_path {
                   const struct key_run *run);
 };
 
+struct topk_loops; /* topk.h */
+
 struct kernel {
     const char *name; /* the stem of its file */
     uint64_t needs;   /* FEATURE_* bits, all of them required */
     /* Called by each thread before its first and after its last use in a run; may be NULL. */
     void (*enter)(void);
     void (*leave)(void);
+    const struct topk_loops *topk; /* vector forms of the selection's loops; NULL = portable */
     struct kernel_path path[KEY_DTYPES]; /* by enum dtype: bf16 and fp16, both filled */
 };
 

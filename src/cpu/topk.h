@@ -15,16 +15,31 @@
 
 enum {
     TOPK_STEP = 512, /* most scores of one push */
+    TOPK_SLACK = 16, /* entries that a filter may write past its n */
 };
 
-/* Appends to `entry` the candidates of score[0..n) at positions position.. that beat `threshold`,
- * and returns how many. May write up to n entries (whatever their number). A CPU kernel may bring
- * a vector form of it. */
-typedef int (*topk_filter)(uint64_t *entry, const float *score, int n, uint32_t position,
-                           uint64_t threshold);
+struct topk_range {
+    uint64_t low, high; /* smallest and largest entry */
+};
+
+/* The three loops that see every score or every candidate. A CPU kernel may bring vector forms;
+ * the answers are the same to the bit. */
+struct topk_loops {
+    /* Appends to `entry` the candidates of score[0..n) at position, position + 1, ... that beat
+     * `threshold`; returns how many. May write n + TOPK_SLACK entries, whatever their number. */
+    int (*filter)(uint64_t *entry, const float *score, int n, uint32_t position,
+                  uint64_t threshold);
+    /* n >= 1 */
+    struct topk_range (*range)(const uint64_t *entry, int n);
+    /* Moves the entries at or above `bound` to the front, in order; returns how many. */
+    int (*keep)(uint64_t *entry, int n, uint64_t bound);
+};
+
+extern const struct topk_loops lidx_topk_portable;
 
 struct topk {
-    uint64_t *entry;    /* caller's, lidx_topk_capacity(k) of them */
+    uint64_t *entry; /* caller's, lidx_topk_capacity(k) of them */
+    const struct topk_loops *loops;
     uint64_t threshold; /* whatever does not beat it cannot be among the k best */
     int n;
     int k;
@@ -55,11 +70,10 @@ static inline int32_t lidx_topk_position(uint64_t entry) {
 /* The score back from an entry; NaN is the canonical quiet NaN. */
 float lidx_topk_score(uint64_t entry);
 
-void lidx_topk_reset(struct topk *t, int k, uint64_t *entry);
+void lidx_topk_reset(struct topk *t, int k, uint64_t *entry, const struct topk_loops *loops);
 
 /* n <= TOPK_STEP scores of positions position, position + 1, ... */
-void lidx_topk_push(struct topk *t, const float *score, int n, int64_t position,
-                    topk_filter filter);
+void lidx_topk_push(struct topk *t, const float *score, int n, int64_t position);
 
 /* Candidates that another stream of the same row kept. */
 void lidx_topk_merge(struct topk *t, const uint64_t *entry, int n);
@@ -69,9 +83,5 @@ void lidx_topk_select(struct topk *t);
 
 /* Reduces to the k best, best first; entry[0..n) is the answer. */
 void lidx_topk_sort(struct topk *t);
-
-/* The portable filter. */
-int lidx_topk_filter(uint64_t *entry, const float *score, int n, uint32_t position,
-                     uint64_t threshold);
 
 #endif
