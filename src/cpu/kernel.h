@@ -59,7 +59,11 @@ struct kernel_path {
                   const struct key_run *run);
 };
 
-struct topk_loops; /* topk.h */
+/* Vector forms of the selection's loops, topk.h. */
+struct topk_loops;
+#if defined(__x86_64__)
+extern const struct topk_loops lidx_topk_avx512; /* FEATURE_AVX512 */
+#endif
 
 struct kernel {
     const char *name; /* the stem of its file */
@@ -67,7 +71,7 @@ struct kernel {
     /* Called by each thread before its first and after its last use in a run; may be NULL. */
     void (*enter)(void);
     void (*leave)(void);
-    const struct topk_loops *topk; /* vector forms of the selection's loops; NULL = portable */
+    const struct topk_loops *topk; /* NULL = the portable ones */
     struct kernel_path path[KEY_DTYPES]; /* by enum dtype: bf16 and fp16, both filled */
 };
 
