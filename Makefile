@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# A thin front for CMake, CTest and pytest. `make demo` and `make test` do their own set-up.
+
+BUILD   ?= build
+JOBS    ?= $(shell nproc)
+VENV    ?= .venv
+PYTHON  ?= python3
+PACKAGES = gcc make cmake libcjson-dev python3-venv
+
+.PHONY: help all demo test test-c test-python test-trust test-aarch64 campaign bench install clean setup
+
+help:
+	@echo "make demo        build, and see the operator choose keys on a 32K-token context"
+	@echo "make test        build and run every test that this machine can"
+	@echo "make bench       time the operator beside its rivals; JSON and a chart in bench/results"
+	@echo "make campaign    the long tests: sanitizers, fuzzing, 50,000 random cases"
+	@echo "make install     PREFIX=/usr/local, through CMake"
+
+# Installs what is missing when it may, or else says how.
+setup:
+	@sh scripts/setup.sh $(PACKAGES)
+
+$(BUILD)/CMakeCache.txt: | setup
+	cmake --preset release -B $(BUILD)
+
+all: $(BUILD)/CMakeCache.txt
+	cmake --build $(BUILD) -j $(JOBS)
+
+demo: all
+	$(BUILD)/tools/lidx demo
+
+test: test-c test-python test-trust
+
+test-c: all
+	ctest --test-dir $(BUILD) --output-on-failure
+
+$(VENV)/ready: tests/requirements.txt | setup
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q -r tests/requirements.txt
+	touch $@
+
+# The wheel is built and installed as a user would.
+test-python: all $(VENV)/ready
+	$(VENV)/bin/pip install -q --no-build-isolation --no-deps --force-reinstall .
+	LIDX_BIN=$(BUILD)/tools/lidx $(VENV)/bin/python -m pytest -q tests
+
+test-trust: all
+	sh tests/campaign.sh quick
+
+# Cross build for 64-bit ARM, the C tests under user-mode emulation.
+test-aarch64:
+	@sh scripts/setup.sh gcc-aarch64-linux-gnu qemu-user
+	cmake -B build-aarch64 -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake -DLIDX_WERROR=ON \
+	      -DLIDX_TOOLS=OFF -DLIDX_CUDA=OFF
+	cmake --build build-aarch64 -j $(JOBS)
+	LIDX_TEST_CASES=100 ctest --test-dir build-aarch64 --output-on-failure
+
+campaign: all
+	sh tests/campaign.sh long
+
+bench: all $(VENV)/ready
+	$(VENV)/bin/python bench/bench_cpu.py --lidx $(BUILD)/tools/lidx --out bench/results
+
+install: all
+	cmake --install $(BUILD) --prefix $(or $(PREFIX),/usr/local)
+
+clean:
+	rm -rf $(BUILD) build-* $(VENV)
