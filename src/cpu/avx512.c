@@ -1,0 +1,251 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * fp32 FMA on widened keys, for CPUs without a 16-bit product instruction, or keys in fp16. Lanes
+ * are heads. The keys of a block are widened once into a scratch of 8 KiB and from there
+ * broadcast one element at a time.
+ *
+ * Packed query: weights[16 * groups], zero beyond n_heads, then panels of 2 groups of 16 heads (1
+ * in the last, when odd). A panel is [head_dim][groups of the panel][16] floats: 16 KiB for 32
+ * heads of 128, which stay in L1 beside the scratch.
+ *
+ * Registers of a panel of P groups against K = 16 / P keys: 16 sums, up to 2 query vectors, the
+ * broadcasts. Sixteen chains cover the latency of FMA (4 cycles, one or two started in each).
+ */
+#if defined(__x86_64__)
+
+#include "kernel.h"
+
+#include <immintrin.h>
+#include <string.h>
+
+#include "features.h"
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+#define INLINE static inline __attribute__((always_inline)) TARGET
+
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+enum {
+    LANES = 16,
+    STEPS = 8, /* elements in one round of the dot loop */
+    NEAR = 4,  /* blocks of 128-element keys from the key in work to the fetch into L1 */
+    FAR = 16,  /* and into L2 */
+};
+
+/* Shared with avx512_bf16.c, whose fp16 path they are. */
+size_t lidx_avx512_packed_size(int n_heads, int head_dim);
+void lidx_avx512_pack_fp16(void *packed, const struct query_row *row);
+void lidx_avx512_score_fp16(float *score, const void *packed, int n_heads, int head_dim,
+                            const struct key_run *run);
+
+static int group_count(int n_heads) {
+    return (n_heads + LANES - 1) / LANES;
+}
+
+static int panel_groups(int left) {
+    return left >= 2 ? 2 : 1;
+}
+
+size_t lidx_avx512_packed_size(int n_heads, int head_dim) {
+    return (size_t)group_count(n_heads) * LANES * sizeof(float) * (size_t)(1 + head_dim);
+}
+
+INLINE __m512 widen(__m256i half, int dtype) {
+    if (dtype == DTYPE_FP16)
+        return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+INLINE void pack(void *packed, const struct query_row *row, int dtype) {
+    int groups = group_count(row->n_heads), D = row->head_dim;
+    float *weights = packed, *out = weights + groups * LANES;
+    const unsigned char *query = row->query;
+    memset(packed, 0, lidx_avx512_packed_size(row->n_heads, D));
+    memcpy(weights, row->weights, sizeof(float) * (size_t)row->n_heads);
+    for (int first = 0; first < groups; first += panel_groups(groups - first)) {
+        int lanes = panel_groups(groups - first) * LANES;
+        for (int lane = 0; lane < lanes && first * LANES + lane < row->n_heads; lane++) {
+            const unsigned char *head = query + (size_t)(first * LANES + lane) * 2 * (size_t)D;
+            for (int d = 0; d < D; d += LANES) {
+                float wide[LANES] __attribute__((aligned(64)));
+                _mm512_store_ps(
+                    wide, widen(_mm256_loadu_si256((const __m256i *)(head + 2 * d)), dtype));
+                for (int i = 0; i < LANES; i++)
+                    out[(d + i) * lanes + lane] = wide[i];
+            }
+        }
+        out += D * lanes;
+    }
+}
+
+/* n rows of a block as fp32, and zeros for those that do not exist. */
+INLINE void widen_rows(float *wide, const unsigned char *rows, int64_t stride, int n, int D,
+                       int dtype) {
+    for (int j = 0; j < n; j++, rows += stride) {
+        UNROLL
+        for (int d = 0; d < D; d += LANES)
+            _mm512_store_ps(wide + j * D + d,
+                            widen(_mm256_loadu_si256((const __m256i *)(rows + 2 * d)), dtype));
+    }
+    if (n < KEY_BLOCK)
+        memset(wide + n * D, 0, sizeof(float) * (size_t)((KEY_BLOCK - n) * D));
+}
+
+/* Where the next lines to fetch are; a step is 0 where there is nothing to fetch. */
+struct ahead {
+    const unsigned char *near, *far;
+    int64_t near_step, far_step;
+};
+
+/* A panel of P groups against the 16 keys of a block: sums[j] gets, or is raised by, key j's
+ * weighted ReLUs, a lane for each 16th head. `last` masks the lanes of the panel's last group. */
+INLINE void panel(float sums[KEY_BLOCK][LANES], const float *query, const float *weights,
+                  const float *keys, struct ahead ahead, int P, int D, int first, __mmask16 last) {
+    const int K = LANES / P;
+    for (int j = 0; j < KEY_BLOCK; j += K, keys += K * D) {
+        const float *q = query, *k = keys;
+        __m512 dot[16];
+        UNROLL
+        for (int i = 0; i < 16; i++)
+            dot[i] = _mm512_setzero_ps();
+        for (int d = 0; d < D; d += STEPS) {
+            UNROLL
+            for (int s = 0; s < STEPS; s++) {
+                __m512 qv[2];
+                UNROLL
+                for (int g = 0; g < P; g++)
+                    qv[g] = _mm512_load_ps(q + (s * P + g) * LANES);
+                UNROLL
+                for (int i = 0; i < K; i++) {
+                    __m512 kv = _mm512_set1_ps(k[i * D + s]);
+                    UNROLL
+                    for (int g = 0; g < P; g++)
+                        dot[i * P + g] = _mm512_fmadd_ps(kv, qv[g], dot[i * P + g]);
+                }
+                /* K rows of 2 D bytes in D steps: a line every 32 / K = 2 P steps. */
+                if (s % (2 * P) == 0) {
+                    _mm_prefetch((const char *)ahead.near, _MM_HINT_T0);
+                    _mm_prefetch((const char *)ahead.far, _MM_HINT_T1);
+                    ahead.near += ahead.near_step;
+                    ahead.far += ahead.far_step;
+                }
+            }
+            q += STEPS * P * LANES;
+            k += STEPS;
+        }
+        UNROLL
+        for (int i = 0; i < K; i++) {
+            __m512 sum = first ? _mm512_setzero_ps() : _mm512_load_ps(sums[j + i]);
+            UNROLL
+            for (int g = 0; g < P; g++) {
+                /* The second operand is what MAX returns beside a NaN. */
+                __m512 relu = _mm512_maskz_max_ps(g == P - 1 ? last : (__mmask16)0xFFFF,
+                                                  _mm512_setzero_ps(), dot[i * P + g]);
+                sum = _mm512_fmadd_ps(relu, _mm512_load_ps(weights + g * LANES), sum);
+            }
+            _mm512_store_ps(sums[j + i], sum);
+        }
+    }
+}
+
+/* The 16 lanes of each of 16 keys, added in one order for all: a transposing tree. */
+INLINE __m512 add_lanes(float sums[KEY_BLOCK][LANES]) {
+    __m512 pairs[8], quads[4], halves[2];
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+        UNROLL
+        for (int k = 0; k < 2; k++) {
+            __m512 a = _mm512_load_ps(sums[4 * i + 2 * k]);
+            __m512 b = _mm512_load_ps(sums[4 * i + 2 * k + 1]);
+            pairs[2 * i + k] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        }
+        __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+        quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                                 _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    UNROLL
+    for (int i = 0; i < 2; i++)
+        halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0x88),
+                                  _mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0xDD));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
+                         _mm512_shuffle_f32x4(halves[0], halves[1], 0xDD));
+}
+
+/* block[i], or `here` with a step of 0 where the list has no such entry. */
+INLINE const unsigned char *listed(const struct key_run *run, int total, int i, const void *here,
+                                   int64_t *step) {
+    *step = i < total ? 64 : 0;
+    return i < total ? run->block[i] : here;
+}
+
+INLINE void score_blocks(float *score, const void *packed, int n_heads, const struct key_run *run,
+                         int D, int dtype) {
+    const int groups = group_count(n_heads);
+    const float *weights = packed;
+    const __mmask16 last = (__mmask16)(0xFFFF >> (groups * LANES - n_heads));
+    const int blocks = (run->n_keys + KEY_BLOCK - 1) / KEY_BLOCK, total = blocks + run->n_ahead;
+    float sums[KEY_BLOCK][LANES] __attribute__((aligned(64)));
+    float wide[KEY_BLOCK * MAX_HEAD_DIM] __attribute__((aligned(64)));
+    for (int b = 0; b < blocks; b++) {
+        const unsigned char *rows = run->block[b];
+        const float *query = weights + groups * LANES;
+        int n = run->n_keys - b * KEY_BLOCK;
+        widen_rows(wide, rows, run->row_stride, n < KEY_BLOCK ? n : KEY_BLOCK, D, dtype);
+        struct ahead ahead;
+        ahead.near = listed(run, total, b + NEAR * 128 / D, rows, &ahead.near_step);
+        ahead.far = listed(run, total, b + FAR * 128 / D, rows, &ahead.far_step);
+        for (int g = 0; g < groups;) {
+            int P = panel_groups(groups - g), first = g == 0;
+            __mmask16 mask = g + P == groups ? last : (__mmask16)0xFFFF;
+            if (P == 2)
+                panel(sums, query, weights + g * LANES, wide, ahead, 2, D, first, mask);
+            else
+                panel(sums, query, weights + g * LANES, wide, ahead, 1, D, first, mask);
+            query += D * P * LANES;
+            g += P;
+            ahead = (struct ahead){rows, rows, 0, 0};
+        }
+        __mmask16 valid = n < KEY_BLOCK ? (__mmask16)((1u << n) - 1) : (__mmask16)0xFFFF;
+        _mm512_mask_store_ps(score + b * KEY_BLOCK, valid, add_lanes(sums));
+    }
+}
+
+INLINE void score(float *out, const void *packed, int n_heads, int head_dim,
+                  const struct key_run *run, int dtype) {
+    if (head_dim == 128)
+        score_blocks(out, packed, n_heads, run, 128, dtype);
+    else
+        score_blocks(out, packed, n_heads, run, 64, dtype);
+}
+
+TARGET void lidx_avx512_pack_fp16(void *packed, const struct query_row *row) {
+    pack(packed, row, DTYPE_FP16);
+}
+
+TARGET void lidx_avx512_score_fp16(float *out, const void *packed, int n_heads, int head_dim,
+                                   const struct key_run *run) {
+    score(out, packed, n_heads, head_dim, run, DTYPE_FP16);
+}
+
+TARGET static void pack_bf16(void *packed, const struct query_row *row) {
+    pack(packed, row, DTYPE_BF16);
+}
+
+TARGET static void score_bf16(float *out, const void *packed, int n_heads, int head_dim,
+                              const struct key_run *run) {
+    score(out, packed, n_heads, head_dim, run, DTYPE_BF16);
+}
+
+const struct kernel lidx_kernel_avx512 = {
+    .name = "avx512",
+    .needs = FEATURE_AVX512,
+    .path = {[DTYPE_BF16] = {lidx_avx512_packed_size, pack_bf16, score_bf16},
+             [DTYPE_FP16] = {lidx_avx512_packed_size, lidx_avx512_pack_fp16,
+                             lidx_avx512_score_fp16}},
+};
+
+#endif

@@ -1,0 +1,227 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * VDPBF16PS: 32 products an instruction. Lanes are heads, so a key is broadcast two elements at a
+ * time and never rearranged.
+ *
+ * Packed query: weights[16 * groups], zero beyond n_heads, then panels of 4, 2 or 1 groups of 16
+ * heads. A panel is [head_dim / 2][groups of the panel][16] pairs of bf16: 16 KiB for 64 heads of
+ * 128, half of L1.
+ *
+ * Registers of a panel of P groups against K = 16 / P keys: 16 sums, up to 4 query vectors, a
+ * broadcast. Sixteen chains cover the latency of VDPBF16PS (6 cycles, one or two started in each).
+ */
+#if defined(__x86_64__)
+
+#include "kernel.h"
+
+#include <immintrin.h>
+#include <string.h>
+
+#include "features.h"
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+#define INLINE static inline __attribute__((always_inline)) TARGET
+
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+enum {
+    LANES = 16,
+    STEPS = 8,         /* steps of two elements in one round of the dot loop */
+    NEAR = 4,          /* blocks of 128-element keys from the key in work to the fetch into L1 */
+    FAR = 16,          /* and into L2 */
+};
+
+/* fp16 has no product instruction here; the path is that of avx512.c. */
+size_t lidx_avx512_packed_size(int n_heads, int head_dim);
+void lidx_avx512_pack_fp16(void *packed, const struct query_row *row);
+void lidx_avx512_score_fp16(float *score, const void *packed, int n_heads, int head_dim,
+                            const struct key_run *run);
+
+static int group_count(int n_heads) {
+    return (n_heads + LANES - 1) / LANES;
+}
+
+/* Of the groups that are left, how many the next panel takes. */
+static int panel_groups(int left) {
+    return left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
+
+static size_t packed_size(int n_heads, int head_dim) {
+    return (size_t)group_count(n_heads) * LANES * sizeof(float) * (size_t)(1 + head_dim / 2);
+}
+
+static void pack(void *packed, const struct query_row *row) {
+    int groups = group_count(row->n_heads), steps = row->head_dim / 2;
+    float *weights = packed;
+    unsigned char *out = (unsigned char *)(weights + groups * LANES);
+    const unsigned char *query = row->query;
+    size_t row_bytes = (size_t)steps * 4;
+    memset(packed, 0, packed_size(row->n_heads, row->head_dim));
+    memcpy(weights, row->weights, sizeof(float) * (size_t)row->n_heads);
+    for (int first = 0; first < groups; first += panel_groups(groups - first)) {
+        int lanes = panel_groups(groups - first) * LANES;
+        int used = row->n_heads - first * LANES;
+        for (int s = 0; s < steps; s++) {
+            for (int lane = 0; lane < lanes && lane < used; lane++)
+                memcpy(out + 4 * lane, query + (size_t)(first * LANES + lane) * row_bytes + 4 * s,
+                       4);
+            out += 4 * lanes;
+        }
+    }
+}
+
+/* The keys of a block that are not 16 consecutive rows, made so. */
+INLINE const unsigned char *gather(unsigned char *copy, const unsigned char *block, int64_t stride,
+                                   int n, int row_bytes) {
+    for (int j = 0; j < n; j++)
+        memcpy(copy + j * row_bytes, block + j * stride, (size_t)row_bytes);
+    memset(copy + n * row_bytes, 0, (size_t)((KEY_BLOCK - n) * row_bytes));
+    return copy;
+}
+
+/* Where the next lines to fetch are; advance is 0 where there is nothing to fetch. */
+struct ahead {
+    const unsigned char *near, *far;
+    int64_t near_step, far_step;
+};
+
+/* A panel of P groups against the 16 keys of a block: sums[j] gets, or is raised by, key j's
+ * weighted ReLUs, a lane for each 16th head. `last` masks the lanes of the panel's last group. */
+INLINE void panel(float sums[KEY_BLOCK][LANES], const unsigned char *query, const float *weights,
+                  const unsigned char *keys, struct ahead ahead, int P, int D, int first,
+                  __mmask16 last) {
+    const int K = LANES / P, row_bytes = 2 * D;
+    for (int j = 0; j < KEY_BLOCK; j += K, keys += K * row_bytes) {
+        const unsigned char *q = query, *k = keys;
+        __m512 dot[16];
+        UNROLL
+        for (int i = 0; i < 16; i++)
+            dot[i] = _mm512_setzero_ps();
+        for (int d = 0; d < D; d += 2 * STEPS) {
+            UNROLL
+            for (int s = 0; s < STEPS; s++) {
+                __m512bh qv[4];
+                UNROLL
+                for (int g = 0; g < P; g++)
+                    qv[g] = (__m512bh)_mm512_load_si512(q + (s * P + g) * 64);
+                UNROLL
+                for (int i = 0; i < K; i++) {
+                    int pair;
+                    memcpy(&pair, k + i * row_bytes + 4 * s, 4);
+                    __m512bh kv = (__m512bh)_mm512_set1_epi32(pair);
+                    UNROLL
+                    for (int g = 0; g < P; g++)
+                        dot[i * P + g] = _mm512_dpbf16_ps(dot[i * P + g], qv[g], kv);
+                }
+                /* K rows of 2 D bytes in D / 2 steps: a line every 16 / K = P steps. */
+                if (s % P == 0) {
+                    _mm_prefetch((const char *)ahead.near, _MM_HINT_T0);
+                    _mm_prefetch((const char *)ahead.far, _MM_HINT_T1);
+                    ahead.near += ahead.near_step;
+                    ahead.far += ahead.far_step;
+                }
+            }
+            q += STEPS * P * 64;
+            k += STEPS * 4;
+        }
+        UNROLL
+        for (int i = 0; i < K; i++) {
+            __m512 sum = first ? _mm512_setzero_ps() : _mm512_load_ps(sums[j + i]);
+            UNROLL
+            for (int g = 0; g < P; g++) {
+                /* The second operand is what MAX returns beside a NaN. */
+                __m512 relu = _mm512_maskz_max_ps(g == P - 1 ? last : (__mmask16)0xFFFF,
+                                                  _mm512_setzero_ps(), dot[i * P + g]);
+                sum = _mm512_fmadd_ps(relu, _mm512_load_ps(weights + g * LANES), sum);
+            }
+            _mm512_store_ps(sums[j + i], sum);
+        }
+    }
+}
+
+/* The 16 lanes of each of 16 keys, added in one order for all: a transposing tree. */
+INLINE __m512 add_lanes(float sums[KEY_BLOCK][LANES]) {
+    __m512 pairs[8], quads[4], halves[2];
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+        UNROLL
+        for (int k = 0; k < 2; k++) {
+            __m512 a = _mm512_load_ps(sums[4 * i + 2 * k]);
+            __m512 b = _mm512_load_ps(sums[4 * i + 2 * k + 1]);
+            pairs[2 * i + k] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        }
+        __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+        quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                                 _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    UNROLL
+    for (int i = 0; i < 2; i++)
+        halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0x88),
+                                  _mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0xDD));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
+                         _mm512_shuffle_f32x4(halves[0], halves[1], 0xDD));
+}
+
+/* block[i], or `here` with a step of 0 where the list has no such entry. */
+INLINE const unsigned char *listed(const struct key_run *run, int total, int i, const void *here,
+                                   int64_t *step) {
+    *step = i < total ? 64 : 0;
+    return i < total ? run->block[i] : here;
+}
+
+INLINE void score_blocks(float *score, const void *packed, int n_heads, const struct key_run *run,
+                         int D) {
+    const int groups = group_count(n_heads);
+    const float *weights = packed;
+    const __mmask16 last = (__mmask16)(0xFFFF >> (groups * LANES - n_heads));
+    const int blocks = (run->n_keys + KEY_BLOCK - 1) / KEY_BLOCK, total = blocks + run->n_ahead;
+    float sums[KEY_BLOCK][LANES] __attribute__((aligned(64)));
+    unsigned char copy[KEY_BLOCK * 2 * MAX_HEAD_DIM] __attribute__((aligned(64)));
+    for (int b = 0; b < blocks; b++) {
+        const unsigned char *keys = run->block[b];
+        const unsigned char *query = (const unsigned char *)(weights + groups * LANES);
+        int n = run->n_keys - b * KEY_BLOCK;
+        if (n < KEY_BLOCK || run->row_stride != 2 * D)
+            keys = gather(copy, keys, run->row_stride, n < KEY_BLOCK ? n : KEY_BLOCK, 2 * D);
+        struct ahead ahead;
+        ahead.near = listed(run, total, b + NEAR * 128 / D, keys, &ahead.near_step);
+        ahead.far = listed(run, total, b + FAR * 128 / D, keys, &ahead.far_step);
+        for (int g = 0; g < groups;) {
+            int P = panel_groups(groups - g), first = g == 0;
+            __mmask16 mask = g + P == groups ? last : (__mmask16)0xFFFF;
+            if (P == 4)
+                panel(sums, query, weights + g * LANES, keys, ahead, 4, D, first, mask);
+            else if (P == 2)
+                panel(sums, query, weights + g * LANES, keys, ahead, 2, D, first, mask);
+            else
+                panel(sums, query, weights + g * LANES, keys, ahead, 1, D, first, mask);
+            query += D / 2 * P * 64;
+            g += P;
+            ahead = (struct ahead){keys, keys, 0, 0};
+        }
+        __mmask16 valid = n < KEY_BLOCK ? (__mmask16)((1u << n) - 1) : (__mmask16)0xFFFF;
+        _mm512_mask_store_ps(score + b * KEY_BLOCK, valid, add_lanes(sums));
+    }
+}
+
+TARGET static void score(float *out, const void *packed, int n_heads, int head_dim,
+                         const struct key_run *run) {
+    if (head_dim == 128)
+        score_blocks(out, packed, n_heads, run, 128);
+    else
+        score_blocks(out, packed, n_heads, run, 64);
+}
+
+const struct kernel lidx_kernel_avx512_bf16 = {
+    .name = "avx512_bf16",
+    .needs = FEATURE_AVX512 | FEATURE_AVX512_BF16,
+    .path = {[DTYPE_BF16] = {packed_size, pack, score},
+             [DTYPE_FP16] = {lidx_avx512_packed_size, lidx_avx512_pack_fp16,
+                             lidx_avx512_score_fp16}},
+};
+
+#endif
