@@ -174,13 +174,6 @@ static void radix_sort(uint64_t *entry, uint64_t *spare, int n, uint64_t high, i
         entry[upper[(high - spare[i]) >> shift >> BITS]++] = spare[i];
 }
 
-static int is_sorted(const uint64_t *entry, int n) {
-    for (int i = 1; i < n; i++)
-        if (entry[i - 1] < entry[i])
-            return 0;
-    return 1;
-}
-
 /* Best first; `spare` has room for n. */
 static void sort(const struct topk_loops *loops, uint64_t *entry, uint64_t *spare, int n) {
     if (n <= INSERTION_MAX) {
@@ -190,19 +183,20 @@ static void sort(const struct topk_loops *loops, uint64_t *entry, uint64_t *spar
     struct topk_range r = loops->range(entry, n);
     int shift = range_shift(r, 2 * BITS);
     radix_sort(entry, spare, n, r.high, shift);
-    if (shift == 0)
-        return;
-    /* What is left are runs that agree in all these bits: rare and short on ordinary scores, long
-     * where scores are equal. Equal scores are in order already: they came by ascending position
-     * and the radix sort is stable. */
-    for (int first = 0; first < n;) {
-        uint64_t digits = (r.high - entry[first]) >> shift;
-        int last = first + 1;
+    /* What may be out of order are runs that agree in all these bits: rare and short on ordinary
+     * scores. Runs of equal scores are long, but in order: they came by ascending position, and
+     * the radix sort is stable. */
+    for (int i = 1; i < n; i++) {
+        if (entry[i - 1] >= entry[i])
+            continue;
+        uint64_t digits = (r.high - entry[i]) >> shift;
+        int first = i - 1, last = i + 1;
+        while (first > 0 && (r.high - entry[first - 1]) >> shift == digits)
+            first--;
         while (last < n && (r.high - entry[last]) >> shift == digits)
             last++;
-        if (!is_sorted(entry + first, last - first))
-            sort(loops, entry + first, spare, last - first);
-        first = last;
+        sort(loops, entry + first, spare, last - first);
+        i = last;
     }
 }
 
