@@ -1,0 +1,942 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Selection on the device: each output row of a slab becomes its top_k indices, best first. The
+ * method, its costs and what limits it are in docs/kernel-topk.md.
+ *
+ * A score becomes a 32-bit key in which smaller is better; with the position below it, the pair is
+ * a 64-bit number that no two keys of a row share. All that follows works on these numbers, so the
+ * order in which threads arrive anywhere never shows in the result.
+ *
+ * Every path ends the same way: a list of at most LIST candidates in shared memory that contains
+ * the winners (feed_*), ordered by expected rank (order), written (write_row). The paths differ in
+ * how the list is found:
+ *   feed_short   rows of up to SHORT keys: held in registers, read once, threshold by histogram
+ *   feed_long    longer rows: threshold from a sample of the row, then one streaming pass
+ *   split_kernel few long rows: as feed_long, but several blocks per row; the last to arrive orders
+ *   exact_select any row, any data: up to three histogram passes and one that collects
+ * The last is where the first three go when the data defeats them.
+ */
+#include <cuda_runtime.h>
+
+#include "launch.h"
+
+enum { BINS = 2048, SHORT = 8192, SAMPLE = 4096, LANES = 32 };
+static const uint32_t KEY_MASKED = 0xFFFFFFFFu; /* never selected */
+static const uint32_t KEY_NAN = 0xFFFFFFFEu;    /* after -inf, whose key is 0xFF800000 */
+static const uint32_t ALL_LANES = 0xFFFFFFFFu;
+static const uint32_t NO_SLOT = 0xFFFFFFFFu;
+static const uint32_t KEEP_ALL = 0xFFFFFFFFu;
+
+/* What a kernel gets, beyond the slab: how many blocks share a row. */
+struct launch {
+    struct slab slab;
+    uint32_t *arrived; /* [rows], zero between launches; split_kernel only */
+    uint32_t *found;   /* [rows][blocks] candidates of each block */
+    uint64_t *region;  /* [rows][blocks][SPLIT_ROOM] */
+    uint32_t blocks;
+};
+enum { SPLIT_ROOM = 4096 };
+
+/* Sizes of one kernel. SPREAD buckets per candidate; a bucket of more than CROWD members makes the
+ * row take the refined path. */
+template <int THREADS_, int LIST_, int SPREAD_, int CROWD_> struct sizes {
+    static const int THREADS = THREADS_, LIST = LIST_, SPREAD = SPREAD_, CROWD = CROWD_;
+    static const int WARPS = THREADS / LANES, ITEMS = LIST / THREADS;
+    static const int WORDS = LIST * SPREAD / 4; /* byte counters, four to a word */
+};
+
+template <class Z> struct shared {
+    uint64_t list[Z::LIST];
+    uint32_t counter[Z::WORDS];
+    union {
+        uint32_t hist[BINS];       /* counts, then the number in the bins before each */
+        uint16_t base[Z::WORDS];   /* members of the buckets of earlier words */
+    };
+    uint32_t warp_sum[2][LANES];
+    uint32_t n_list;
+    uint32_t crowded;
+    uint32_t total;                /* of the histogram */
+    uint32_t bin, before, count;   /* where the wanted rank lies */
+    uint32_t last_low;             /* smallest key of the last bin's candidates */
+    uint32_t last_high;            /* no candidate's key is larger */
+    uint32_t flag;
+};
+
+/* One row of work. */
+struct row {
+    const float *score;
+    int32_t *indices;
+    char *values;
+    uint32_t n; /* visible keys */
+};
+
+template <class Z> static __device__ __forceinline__ struct shared<Z> *shared_memory(void) {
+    extern __shared__ uint4 dynamic_shared[];
+    return (struct shared<Z> *)dynamic_shared;
+}
+
+/* ---- keys ------------------------------------------------------------------------------------ */
+
+static __device__ __forceinline__ uint32_t key_of(float x) {
+    uint32_t bits = __float_as_uint(__fadd_rn(x, 0.0f)); /* -0 becomes +0 */
+    uint32_t key = bits ^ (~(uint32_t)((int32_t)bits >> 31) & 0x7FFFFFFFu);
+    return x == x ? key : __float_as_uint(x) == SCORE_MASKED ? KEY_MASKED : KEY_NAN;
+}
+
+static __device__ __forceinline__ float score_of(uint32_t key) {
+    if (key >= KEY_NAN)
+        return __uint_as_float(0x7FC00000u);
+    return __uint_as_float(key & 0x80000000u ? key : key ^ 0x7FFFFFFFu);
+}
+
+static __device__ __forceinline__ uint16_t bf16_of(float x) {
+    uint32_t bits = __float_as_uint(x);
+    if (x != x)
+        return 0x7FC0;
+    return (uint16_t)((bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16);
+}
+
+/* Round to nearest even in integers, so that every compiler and chip gives the same bits. */
+static __device__ __forceinline__ uint16_t fp16_of(float x) {
+    uint32_t bits = __float_as_uint(x), sign = (bits >> 16) & 0x8000u, size = bits & 0x7FFFFFFFu;
+    if (size > 0x7F800000u)
+        return 0x7E00;
+    if (size >= 0x477FF000u) /* 65520 and above round to infinity */
+        return (uint16_t)(sign | 0x7C00u);
+    if (size >= 0x38800000u) /* normal: 2^-14 and above */
+        return (uint16_t)(sign | ((size + 0xFFFu + ((size >> 13) & 1) - 0x38000000u) >> 13));
+    /* Subnormal: adding 0.5 puts the unit of 2^-24 in the last place of the sum. */
+    float sum = __fadd_rn(__uint_as_float(size), 0.5f);
+    return (uint16_t)(sign | (__float_as_uint(sum) - 0x3F000000u));
+}
+
+static __device__ __forceinline__ void store_value(char *values, uint32_t j, int dtype, float x) {
+    if (dtype == DTYPE_F32)
+        ((float *)values)[j] = x;
+    else
+        ((uint16_t *)values)[j] = dtype == DTYPE_BF16 ? bf16_of(x) : fp16_of(x);
+}
+
+/* ---- which row ------------------------------------------------------------------------------- */
+
+/* The batch that holds row t of packed queries: the first whose end lies beyond t. A list that
+ * decreases against its contract makes this end anywhere, but it ends. */
+static __device__ int64_t packed_batch(const struct problem *p, int64_t t) {
+    int64_t low = 0, high = p->n_batch;
+    while (low < high) {
+        int64_t middle = low + (high - low) / 2;
+        if (lidx_clamp(p->query_lengths[middle], 0, p->n_query) > t)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return low;
+}
+
+static __device__ struct row find_row(const struct slab *s, int64_t number) {
+    const struct problem *p = &s->p;
+    int64_t batch = 0, i = number, visible = 0, slot = number;
+    if (p->query_packed) {
+        batch = packed_batch(p, number);
+    } else if (p->n_batch > 1) {
+        batch = number / p->n_query;
+        i = slot = number - batch * p->n_query;
+    }
+    if (batch < p->n_batch) {
+        struct extent e = lidx_extent(p, batch);
+        if (p->query_packed)
+            i = number - e.query_begin;
+        if (i >= 0)
+            visible = lidx_clamp(lidx_visible(p, &e, i), 0, s->scores_stride);
+    }
+    int64_t out = p->query_packed ? 0 : batch;
+    struct row r;
+    r.score = s->scores + (number - s->row_begin) * s->scores_stride;
+    r.indices = (int32_t *)((char *)p->indices + out * p->indices_batch_stride) + slot * p->top_k;
+    r.values = (char *)p->values;
+    if (r.values)
+        r.values += out * p->values_batch_stride +
+                    slot * p->top_k * (p->values_dtype == DTYPE_F32 ? 4 : 2);
+    r.n = (uint32_t)visible;
+    return r;
+}
+
+/* ---- sums over a block ----------------------------------------------------------------------- */
+
+static __device__ __forceinline__ uint32_t lane_id(void) {
+    return threadIdx.x % LANES;
+}
+
+static __device__ __forceinline__ uint32_t warp_inclusive(uint32_t x) {
+#pragma unroll
+    for (int d = 1; d < LANES; d *= 2) {
+        uint32_t y = __shfl_up_sync(ALL_LANES, x, d);
+        x += lane_id() >= d ? y : 0;
+    }
+    return x;
+}
+
+/* Sum of x over the threads before this one. One barrier inside; the caller needs one before
+ * the same `turn` is used again. */
+template <class Z>
+static __device__ __forceinline__ uint32_t block_before(struct shared<Z> *s, uint32_t x, int turn,
+                                                        uint32_t *total) {
+    uint32_t sum = warp_inclusive(x), warp = threadIdx.x / LANES;
+    if (lane_id() == LANES - 1)
+        s->warp_sum[turn][warp] = sum;
+    __syncthreads();
+    uint32_t v = lane_id() < Z::WARPS ? s->warp_sum[turn][lane_id()] : 0;
+    *total = __reduce_add_sync(ALL_LANES, v);
+    return __reduce_add_sync(ALL_LANES, lane_id() < warp ? v : 0) + sum - x;
+}
+
+template <class Z> static __device__ __forceinline__ void zero_hist(struct shared<Z> *s) {
+#pragma unroll
+    for (int i = 0; i < BINS / Z::THREADS; i++)
+        s->hist[i * Z::THREADS + threadIdx.x] = 0;
+}
+
+/* Turns counts into sums of the bins before, and finds the bin that holds the rank-th (from 1),
+ * or the last one of all if there are fewer. Between two barriers of its own. */
+template <class Z> static __device__ void scan_hist(struct shared<Z> *s, uint32_t rank) {
+    const int N = BINS / Z::THREADS;
+    uint32_t c[N], sum = 0, total;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        c[i] = s->hist[threadIdx.x * N + i];
+        sum += c[i];
+    }
+    uint32_t before = block_before(s, sum, 0, &total);
+    rank = min(rank, total);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        if (before < rank && rank <= before + c[i]) {
+            s->bin = threadIdx.x * N + i;
+            s->before = before;
+            s->count = c[i];
+        }
+        s->hist[threadIdx.x * N + i] = before;
+        before += c[i];
+    }
+    if (threadIdx.x == 0)
+        s->total = total;
+    __syncthreads();
+}
+
+/* Room in the list for `count` candidates of this thread; all lanes take part. */
+template <class Z>
+static __device__ __forceinline__ uint32_t reserve(struct shared<Z> *s, uint32_t count) {
+    uint32_t sum = warp_inclusive(count), at = 0;
+    if (lane_id() == LANES - 1)
+        at = atomicAdd(&s->n_list, sum);
+    return __shfl_sync(ALL_LANES, at, LANES - 1) + sum - count;
+}
+
+/* Four scores from position i on; beyond the row's end they are masked. */
+static __device__ __forceinline__ float4 load4(const float *score, uint32_t i, uint32_t n) {
+    float4 x = make_float4(__uint_as_float(SCORE_MASKED), __uint_as_float(SCORE_MASKED),
+                           __uint_as_float(SCORE_MASKED), __uint_as_float(SCORE_MASKED));
+    if (i >= n)
+        return x;
+    float4 y = __ldg((const float4 *)(score + i));
+    x.x = y.x;
+    if (i + 1 < n)
+        x.y = y.y;
+    if (i + 2 < n)
+        x.z = y.z;
+    if (i + 3 < n)
+        x.w = y.w;
+    return x;
+}
+
+static __device__ __forceinline__ uint64_t pair(uint32_t key, uint32_t position) {
+    return (uint64_t)key << 32 | position;
+}
+
+/* ---- ordering -------------------------------------------------------------------------------- */
+
+/* The bucket of a candidate: SPREAD times its expected rank, from the candidates in earlier bins
+ * and its place within its own bin. Never decreases with the key: every step is monotone. The last
+ * bin may be cut anywhere by the threshold, so it is measured between its own ends. */
+template <class Z>
+static __device__ __forceinline__ uint32_t bucket_of(const struct shared<Z> *s, uint32_t key,
+                                                     uint32_t n_list, float last_scale) {
+    uint32_t bin = key >> 21, before = s->hist[bin];
+    if (bin == s->last_high >> 21) {
+        uint32_t limit = Z::SPREAD * (n_list - before) - 1;
+        uint32_t place = (uint32_t)((float)(key - s->last_low) * last_scale);
+        return Z::SPREAD * before + min(place, limit);
+    }
+    return Z::SPREAD * before + __umulhi(key << 11, Z::SPREAD * (s->hist[bin + 1] - before));
+}
+
+/* The same with every bin measured between its own smallest and largest key, and position
+ * breaking ties, so that a bin of few distinct values spreads too. */
+template <class Z>
+static __device__ __forceinline__ uint32_t refined_bucket_of(const struct shared<Z> *s,
+                                                             const uint32_t *low,
+                                                             const uint32_t *high, uint64_t item,
+                                                             uint32_t n_list, uint32_t n) {
+    uint32_t key = item >> 32, bin = key >> 21, before = s->hist[bin];
+    uint32_t end = bin == s->last_high >> 21 ? n_list : s->hist[bin + 1];
+    uint32_t buckets = Z::SPREAD * (end - before);
+    float range = (float)((uint64_t)(high[bin] - low[bin] + 1) * n);
+    float place = (float)((uint64_t)(key - low[bin]) * n + (uint32_t)item);
+    return Z::SPREAD * before + min((uint32_t)(place * ((float)buckets / range)), buckets - 1);
+}
+
+/* Counts a candidate in its bucket; the slot is the bucket and the number of earlier arrivals. */
+template <class Z>
+static __device__ __forceinline__ uint32_t enter_bucket(struct shared<Z> *s, uint32_t bucket) {
+    uint32_t shift = bucket % 4 * 8;
+    uint32_t arrival = atomicAdd(&s->counter[bucket / 4], 1u << shift) >> shift & 255;
+    if (arrival >= Z::CROWD)
+        s->crowded = 1;
+    return bucket | arrival << 16;
+}
+
+static __device__ __forceinline__ uint32_t sum_bytes(uint32_t word) {
+    return __dp4a(word, 0x01010101u, 0u);
+}
+
+template <class Z>
+static __device__ __forceinline__ uint32_t bucket_begin(const struct shared<Z> *s,
+                                                        uint32_t bucket) {
+    uint32_t earlier = s->counter[bucket / 4] & ((1u << bucket % 4 * 8) - 1);
+    return s->base[bucket / 4] + sum_bytes(earlier);
+}
+
+/* Candidates held in registers, counted in buckets that nobody crowds: sums, scatter, and the
+ * first arrival of each bucket sorts it. */
+template <class Z>
+static __device__ __forceinline__ void scatter(struct shared<Z> *s, const uint64_t *item,
+                                               const uint32_t *slot) {
+    const int N = Z::WORDS / Z::THREADS;
+    uint32_t c[N], sum = 0, total;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        c[i] = sum_bytes(s->counter[threadIdx.x * N + i]);
+        sum += c[i];
+    }
+    uint32_t before = block_before(s, sum, 1, &total);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        s->base[threadIdx.x * N + i] = (uint16_t)before;
+        before += c[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < Z::ITEMS; i++)
+        if (slot[i] != NO_SLOT)
+            s->list[bucket_begin(s, slot[i] & 0xFFFF) + (slot[i] >> 16)] = item[i];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < Z::ITEMS; i++) {
+        if (slot[i] == NO_SLOT || slot[i] >> 16)
+            continue;
+        uint32_t bucket = slot[i] & 0xFFFF;
+        uint32_t count = s->counter[bucket / 4] >> bucket % 4 * 8 & 255;
+        if (count < 2)
+            continue;
+        uint64_t *a = s->list + bucket_begin(s, bucket);
+        for (uint32_t j = 1; j < count; j++) {
+            uint64_t x = a[j];
+            uint32_t to = j;
+            for (; to && a[to - 1] > x; to--)
+                a[to] = a[to - 1];
+            a[to] = x;
+        }
+    }
+    __syncthreads();
+}
+
+/* Any list, slowly: a bitonic network in shared memory. */
+template <class Z> static __device__ void sort_network(struct shared<Z> *s, uint32_t n_list) {
+    uint32_t n = 2;
+    while (n < n_list)
+        n *= 2;
+    for (uint32_t i = n_list + threadIdx.x; i < n; i += Z::THREADS)
+        s->list[i] = ~(uint64_t)0;
+    for (uint32_t size = 2; size <= n; size *= 2) {
+        for (uint32_t stride = size / 2; stride; stride /= 2) {
+            __syncthreads();
+            for (uint32_t t = threadIdx.x; t < n / 2; t += Z::THREADS) {
+                uint32_t i = 2 * t - (t & (stride - 1)), j = i + stride;
+                uint64_t a = s->list[i], b = s->list[j];
+                if ((a > b) == !(i & size)) {
+                    s->list[i] = b;
+                    s->list[j] = a;
+                }
+            }
+        }
+    }
+    __syncthreads();
+}
+
+/* Orders a list whose simple buckets were crowded. The table of sums is still there. */
+template <class Z> static __device__ __noinline__ void order_crowded(uint32_t n_list, uint32_t n) {
+    struct shared<Z> *s = shared_memory<Z>();
+    uint32_t *low = (uint32_t *)s->list, *high = low + BINS; /* over the list, held in registers */
+    uint64_t item[Z::ITEMS];
+    uint32_t slot[Z::ITEMS];
+#pragma unroll
+    for (int i = 0; i < Z::ITEMS; i++) {
+        uint32_t j = i * Z::THREADS + threadIdx.x;
+        item[i] = j < n_list ? s->list[j] : 0;
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < Z::WORDS; i += Z::THREADS)
+        s->counter[i] = 0;
+    for (uint32_t i = threadIdx.x; i < BINS; i += Z::THREADS) {
+        low[i] = 0xFFFFFFFFu;
+        high[i] = 0;
+    }
+    if (threadIdx.x == 0)
+        s->crowded = 0;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < Z::ITEMS; i++) {
+        if (i * Z::THREADS + threadIdx.x < n_list) {
+            uint32_t key = item[i] >> 32;
+            atomicMin(&low[key >> 21], key);
+            atomicMax(&high[key >> 21], key);
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < Z::ITEMS; i++) {
+        slot[i] = NO_SLOT;
+        if (i * Z::THREADS + threadIdx.x < n_list)
+            slot[i] = enter_bucket(s, refined_bucket_of(s, low, high, item[i], n_list, n));
+    }
+    __syncthreads();
+    if (!s->crowded) {
+        scatter(s, item, slot);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < Z::ITEMS; i++) {
+        uint32_t j = i * Z::THREADS + threadIdx.x;
+        if (j < n_list)
+            s->list[j] = item[i];
+    }
+    sort_network(s, n_list);
+}
+
+/* Sorts the list. Needs the table of sums over the candidates' bins, last_low and last_high, and
+ * counters that are zero. */
+template <class Z>
+static __device__ __forceinline__ void order(struct shared<Z> *s, uint32_t n_list, uint32_t n) {
+    uint64_t item[Z::ITEMS];
+    uint32_t slot[Z::ITEMS];
+    float last_scale = (float)(Z::SPREAD * (n_list - s->hist[s->last_high >> 21])) /
+                       (float)(s->last_high - s->last_low + 1);
+#pragma unroll
+    for (int i = 0; i < Z::ITEMS; i++) {
+        uint32_t j = i * Z::THREADS + threadIdx.x;
+        slot[i] = NO_SLOT;
+        if (j < n_list) {
+            item[i] = s->list[j];
+            slot[i] = enter_bucket(s, bucket_of(s, (uint32_t)(item[i] >> 32), n_list, last_scale));
+        }
+    }
+    __syncthreads();
+    if (s->crowded)
+        order_crowded<Z>(n_list, n);
+    else
+        scatter(s, item, slot);
+}
+
+template <class Z>
+static __device__ __forceinline__ void write_row(struct shared<Z> *s, const struct problem *p,
+                                                 const struct row *r, uint32_t n_list) {
+    for (uint32_t j = threadIdx.x; j < (uint32_t)p->top_k; j += Z::THREADS)
+        r->indices[j] = j < n_list ? (int32_t)s->list[j] : -1;
+    if (!r->values)
+        return;
+    for (uint32_t j = threadIdx.x; j < (uint32_t)p->top_k; j += Z::THREADS)
+        store_value(r->values, j, p->values_dtype,
+                    j < n_list ? score_of(s->list[j] >> 32) : __uint_as_float(0xFF800000u));
+}
+
+/* Builds the table of sums from the list itself. `high` bounds its keys. */
+template <class Z>
+static __device__ __forceinline__ void table_from_list(struct shared<Z> *s, uint32_t n_list,
+                                                       uint32_t high) {
+    zero_hist(s);
+    if (threadIdx.x == 0) {
+        s->last_low = high;
+        s->last_high = high;
+    }
+    __syncthreads();
+    uint32_t low = high;
+#pragma unroll
+    for (int i = 0; i < Z::ITEMS; i++) {
+        uint32_t j = i * Z::THREADS + threadIdx.x;
+        if (j < n_list) {
+            uint32_t key = s->list[j] >> 32;
+            atomicAdd(&s->hist[key >> 21], 1u);
+            if (key >> 21 == high >> 21)
+                low = min(low, key);
+        }
+    }
+    low = __reduce_min_sync(ALL_LANES, low);
+    if (lane_id() == 0)
+        atomicMin(&s->last_low, low);
+    __syncthreads();
+    scan_hist(s, 1);
+}
+
+/* ---- exact selection ------------------------------------------------------------------------- */
+
+/* Appends all keys better than `edge`, and of those equal to it the first `keep` by position. */
+template <class Z>
+static __device__ void collect(struct shared<Z> *s, const float *score, uint32_t n, uint32_t edge,
+                               uint32_t keep) {
+    uint32_t seen = 0, turn = 0;
+    for (uint32_t begin = 0; begin < n; begin += 4 * Z::THREADS) {
+        uint32_t i = begin + 4 * threadIdx.x;
+        float4 x = load4(score, i, n);
+        uint32_t key[4] = {key_of(x.x), key_of(x.y), key_of(x.z), key_of(x.w)}, equal = 0, take = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            take += key[j] < edge;
+            equal += key[j] == edge;
+        }
+        uint32_t left = 0; /* how many of this thread's equal keys to take */
+        if (keep == KEEP_ALL) {
+            left = equal;
+        } else if (seen < keep) {
+            uint32_t total, before = seen + block_before(s, equal, turn, &total);
+            left = before < keep ? min(equal, keep - before) : 0;
+            seen += total;
+            turn ^= 1;
+        }
+        uint32_t at = reserve(s, take + left);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            bool equals = key[j] == edge && left;
+            left -= equals;
+            if ((key[j] < edge || equals) && at < Z::LIST)
+                s->list[at] = pair(key[j], i + j);
+            at += key[j] < edge || equals;
+        }
+    }
+    __syncthreads();
+}
+
+/* Leaves in the list at least the top_k best (all, if there are fewer), by passes over the row:
+ * digits of 11, 11 and 10 bits, until the candidates fit. */
+template <class Z>
+static __device__ __noinline__ void exact_select(const float *score, uint32_t n, uint32_t top_k) {
+    struct shared<Z> *s = shared_memory<Z>();
+    uint32_t prefix = 0, before = 0, count = 0;
+    int shift = 32;
+    do {
+        int bits = shift == 10 ? 10 : 11, above = shift;
+        shift -= bits;
+        __syncthreads();
+        zero_hist(s);
+        __syncthreads();
+        for (uint32_t i = 4 * threadIdx.x; i < n; i += 4 * Z::THREADS) {
+            float4 x = load4(score, i, n);
+            uint32_t key[4] = {key_of(x.x), key_of(x.y), key_of(x.z), key_of(x.w)};
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                if (key[j] != KEY_MASKED && (above == 32 || key[j] >> above == prefix))
+                    atomicAdd(&s->hist[key[j] >> shift & ((1u << bits) - 1)], 1u);
+        }
+        __syncthreads();
+        scan_hist(s, top_k - before);
+        if (s->total == 0)
+            break;
+        prefix = prefix << bits | s->bin;
+        before += s->before;
+        count = s->count;
+    } while (shift && before + count > Z::LIST);
+
+    uint32_t edge = min(prefix << shift | ((1u << shift) - 1), KEY_NAN);
+    __syncthreads();
+    if (threadIdx.x == 0)
+        s->n_list = 0;
+    __syncthreads();
+    if (count)
+        collect(s, score, n, edge, before + count > Z::LIST ? top_k - before : KEEP_ALL);
+    table_from_list(s, s->n_list, edge);
+}
+
+/* ---- short rows ------------------------------------------------------------------------------ */
+
+/* The row in registers: histogram, threshold bin, and all candidates of it and the bins before. */
+template <class Z>
+static __device__ __forceinline__ void feed_short(struct shared<Z> *s, const float *score,
+                                                  uint32_t n, uint32_t top_k) {
+    const int GROUPS = SHORT / 4 / Z::THREADS;
+    uint32_t key[GROUPS * 4];
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) {
+        float4 x = load4(score, 4 * (g * Z::THREADS + threadIdx.x), n);
+        key[4 * g] = key_of(x.x);
+        key[4 * g + 1] = key_of(x.y);
+        key[4 * g + 2] = key_of(x.z);
+        key[4 * g + 3] = key_of(x.w);
+    }
+#pragma unroll
+    for (int i = 0; i < GROUPS * 4; i++)
+        if (key[i] != KEY_MASKED)
+            atomicAdd(&s->hist[key[i] >> 21], 1u);
+    __syncthreads();
+    scan_hist(s, top_k);
+    uint32_t bin = s->bin, count = s->count, n_list = s->before + count;
+    if (s->total == 0)
+        return;
+    if (n_list > Z::LIST) {
+        exact_select<Z>(score, n, top_k);
+        return;
+    }
+    uint32_t edge = min(bin << 21 | 0x1FFFFFu, KEY_NAN), take = 0;
+#pragma unroll
+    for (int i = 0; i < GROUPS * 4; i++)
+        take += key[i] <= edge;
+    uint32_t at = reserve(s, take), low = edge, high = 0;
+#pragma unroll
+    for (int i = 0; i < GROUPS * 4; i++) {
+        if (key[i] <= edge) {
+            s->list[at++] =
+                pair(key[i], 4 * (i / 4 * Z::THREADS + threadIdx.x) + i % 4);
+        }
+        if (key[i] >> 21 == bin && key[i] <= edge) {
+            low = min(low, key[i]);
+            high = max(high, key[i]);
+        }
+    }
+    low = __reduce_min_sync(ALL_LANES, low);
+    high = __reduce_max_sync(ALL_LANES, high);
+    if (lane_id() == 0) {
+        atomicMin(&s->last_low, low);
+        atomicMax(&s->last_high, high);
+    }
+    __syncthreads();
+}
+
+/* ---- long rows ------------------------------------------------------------------------------- */
+
+/* A key that, by a sample spread over the row, about the top_k best and a margin reach. The margin
+ * is 3.3 standard deviations of the sample's count. KEY_MASKED: the sample gives no number to
+ * compare with, or more than the list would reach it. */
+template <class Z>
+static __device__ __forceinline__ uint32_t sampled_edge(struct shared<Z> *s, const float *score,
+                                                        uint32_t n, uint32_t top_k) {
+    const int EACH = SAMPLE / Z::THREADS;
+    uint32_t key[EACH];
+    uint32_t i = __umulhi(threadIdx.x << (Z::THREADS == 512 ? 23 : 22), n / EACH) * EACH;
+#pragma unroll
+    for (int j = 0; j < EACH; j += 4) {
+        float4 x = __ldg((const float4 *)(score + i + j));
+        key[j] = key_of(x.x);
+        key[j + 1] = key_of(x.y);
+        key[j + 2] = key_of(x.z);
+        key[j + 3] = key_of(x.w);
+    }
+#pragma unroll
+    for (int j = 0; j < EACH; j++)
+        if (key[j] != KEY_MASKED)
+            atomicAdd(&s->hist[key[j] >> 21], 1u);
+    float mean = (float)top_k * ((float)SAMPLE / (float)n);
+    uint32_t rank = (uint32_t)(mean + 3.3f * sqrtf(mean) + 4.0f);
+    __syncthreads();
+    scan_hist(s, rank);
+    uint32_t bin = s->bin, rest = rank - s->before;
+    if (s->total < rank || (float)rank * (float)n > 0.97f * Z::LIST * SAMPLE)
+        return KEY_MASKED;
+    __syncthreads();
+    zero_hist(s);
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < EACH; j++)
+        if (key[j] >> 21 == bin && key[j] != KEY_MASKED)
+            atomicAdd(&s->hist[key[j] >> 10 & 2047], 1u);
+    __syncthreads();
+    scan_hist(s, rest);
+    uint32_t edge = bin << 21 | s->bin << 10 | 1023;
+    return edge < 0xFF800000u ? edge : KEY_MASKED;
+}
+
+/* Bit j: score j reaches the threshold. NaN, and so a masked key, never does. */
+static __device__ __forceinline__ uint32_t reach(float4 x, float threshold) {
+    return (x.x >= threshold) | (x.y >= threshold) << 1 | (x.z >= threshold) << 2 |
+           (x.w >= threshold) << 3;
+}
+
+static __device__ __forceinline__ void append(uint64_t *list, uint32_t *at, uint32_t mask,
+                                              float x, uint32_t position) {
+    if (mask)
+        list[(*at)++] = pair(__float_as_uint(x), position);
+}
+
+/* Sixteen scores a thread, neighbouring warps on neighbouring KiB: what reaches the threshold goes
+ * to the list as raw scores. A list that is full loses them, but the count goes on. */
+template <class Z>
+static __device__ __forceinline__ void stream(struct shared<Z> *s, const float *score, uint32_t n,
+                                              float threshold) {
+    for (uint32_t begin = threadIdx.x / LANES * 512; begin < n; begin += 16 * Z::THREADS) {
+        float4 x[4];
+        uint32_t first = begin + 4 * lane_id(), mask = 0;
+        if (begin + 512 <= n) {
+#pragma unroll
+            for (int g = 0; g < 4; g++)
+                x[g] = __ldg((const float4 *)(score + first + 128 * g));
+        } else {
+#pragma unroll
+            for (int g = 0; g < 4; g++)
+                x[g] = load4(score, first + 128 * g, n);
+        }
+#pragma unroll
+        for (int g = 0; g < 4; g++)
+            mask |= reach(x[g], threshold) << 4 * g;
+        uint32_t at = reserve(s, __popc(mask));
+        if (__any_sync(ALL_LANES, at + __popc(mask) > Z::LIST))
+            continue;
+#pragma unroll
+        for (int g = 0; g < 4; g++) {
+            append(s->list, &at, mask & 1u << 4 * g, x[g].x, first + 128 * g);
+            append(s->list, &at, mask & 2u << 4 * g, x[g].y, first + 128 * g + 1);
+            append(s->list, &at, mask & 4u << 4 * g, x[g].z, first + 128 * g + 2);
+            append(s->list, &at, mask & 8u << 4 * g, x[g].w, first + 128 * g + 3);
+        }
+    }
+    __syncthreads();
+}
+
+/* Raw scores in the list become keys. */
+template <class Z>
+static __device__ __forceinline__ void make_keys(struct shared<Z> *s, uint32_t n_list) {
+    for (uint32_t j = threadIdx.x; j < n_list; j += Z::THREADS) {
+        uint64_t item = s->list[j];
+        s->list[j] = pair(key_of(__uint_as_float((uint32_t)(item >> 32))), (uint32_t)item);
+    }
+}
+
+template <class Z>
+static __device__ __forceinline__ void feed_long(struct shared<Z> *s, const float *score,
+                                                 uint32_t n, uint32_t top_k) {
+    uint32_t edge = sampled_edge(s, score, n, top_k);
+    if (edge != KEY_MASKED) {
+        stream(s, score, n, score_of(edge));
+        uint32_t n_list = s->n_list;
+        if (n_list >= top_k && n_list <= Z::LIST) {
+            make_keys(s, n_list);
+            table_from_list(s, n_list, edge);
+            return;
+        }
+    }
+    exact_select<Z>(score, n, top_k);
+}
+
+/* ---- kernels --------------------------------------------------------------------------------- */
+
+/* Zeroes what a row expects to be zero. */
+template <class Z> static __device__ __forceinline__ void begin_row(struct shared<Z> *s) {
+    zero_hist(s);
+    for (int i = threadIdx.x; i < Z::WORDS; i += Z::THREADS)
+        s->counter[i] = 0;
+    if (threadIdx.x == 0) {
+        s->n_list = 0;
+        s->crowded = 0;
+        s->last_low = 0xFFFFFFFFu;
+        s->last_high = 0;
+    }
+    __syncthreads();
+}
+
+template <class Z>
+static __device__ __forceinline__ void finish_row(struct shared<Z> *s, const struct problem *p,
+                                                  const struct row *r) {
+    uint32_t n_list = s->n_list;
+    if (n_list)
+        order(s, n_list, r->n);
+    write_row(s, p, r, n_list);
+}
+
+/* One block, one row. Causal rows grow, so the last comes first. */
+template <class Z, int PER_SM>
+static __global__ void __launch_bounds__(Z::THREADS, PER_SM)
+row_kernel(const __grid_constant__ struct launch l) {
+    struct shared<Z> *s = shared_memory<Z>();
+    const struct problem *p = &l.slab.p;
+    struct row r = find_row(&l.slab, l.slab.row_end - 1 - blockIdx.x);
+    begin_row(s);
+    if (r.n == 0)
+        ;
+    else if (r.n <= SHORT)
+        feed_short(s, r.score, r.n, p->top_k);
+    else
+        feed_long(s, r.score, r.n, p->top_k);
+    finish_row(s, p, &r);
+}
+
+/* This block's part of a row: what reaches the threshold goes to its region, raw. */
+template <class Z>
+static __device__ __forceinline__ void filter_part(struct shared<Z> *s, uint64_t *region,
+                                                   const float *score, uint32_t begin,
+                                                   uint32_t end, float threshold) {
+    for (uint32_t b = begin; b < end; b += 4 * Z::THREADS) {
+        uint32_t i = b + 4 * threadIdx.x;
+        float4 x = load4(score, i, end);
+        uint32_t mask = reach(x, threshold);
+        uint32_t at = reserve(s, __popc(mask));
+        if (at + 4 > SPLIT_ROOM)
+            continue;
+        append(region, &at, mask & 1, x.x, i);
+        append(region, &at, mask & 2, x.y, i + 1);
+        append(region, &at, mask & 4, x.z, i + 2);
+        append(region, &at, mask & 8, x.w, i + 3);
+    }
+    __syncthreads();
+}
+
+/* Brings the regions of all blocks of a row into the list. */
+template <class Z>
+static __device__ __forceinline__ void gather(struct shared<Z> *s, const uint64_t *region,
+                                              const uint32_t *found, uint32_t blocks) {
+    for (uint32_t b = threadIdx.x / LANES; b < blocks; b += Z::WARPS) {
+        uint32_t count = __ldcg(found + b), at = 0;
+        if (lane_id() == 0)
+            at = atomicAdd(&s->n_list, min(count, (uint32_t)Z::LIST + 1));
+        at = __shfl_sync(ALL_LANES, at, 0);
+        if (count + 4 > SPLIT_ROOM && lane_id() == 0)
+            s->flag = 1; /* the region lost some */
+        if (at + count > Z::LIST || count > SPLIT_ROOM)
+            continue;
+        for (uint32_t j = lane_id(); j < count; j += LANES) {
+            uint64_t item = __ldcg((const unsigned long long *)region + b * SPLIT_ROOM + j);
+            s->list[at + j] = pair(key_of(__uint_as_float((uint32_t)(item >> 32))),
+                                   (uint32_t)item);
+        }
+    }
+    __syncthreads();
+}
+
+/* Several blocks, one row: each takes the same sample, so they agree on the threshold without a
+ * word; the last to arrive, whichever it is, orders what all have found. Nobody waits. */
+template <class Z>
+static __global__ void __launch_bounds__(Z::THREADS, 1)
+split_kernel(const __grid_constant__ struct launch l) {
+    struct shared<Z> *s = shared_memory<Z>();
+    const struct problem *p = &l.slab.p;
+    uint32_t number = blockIdx.x / l.blocks, block = blockIdx.x % l.blocks;
+    struct row r = find_row(&l.slab, l.slab.row_begin + number);
+    if (r.n <= SHORT) {
+        if (block)
+            return;
+        begin_row(s);
+        if (r.n)
+            feed_short(s, r.score, r.n, p->top_k);
+        finish_row(s, p, &r);
+        return;
+    }
+    uint32_t part = ((r.n - 1) / l.blocks + 64) / 64 * 64; /* at least n / blocks, rounded up */
+    uint32_t busy = (r.n - 1) / part + 1;
+    if (block >= busy)
+        return;
+    uint32_t begin = block * part, end = min(r.n - begin, part) + begin;
+    uint64_t *region = l.region + (uint64_t)number * l.blocks * SPLIT_ROOM;
+    uint32_t *found = l.found + number * l.blocks;
+
+    begin_row(s);
+    uint32_t edge = sampled_edge(s, r.score, r.n, p->top_k);
+    if (edge != KEY_MASKED)
+        filter_part(s, region + block * SPLIT_ROOM, r.score, begin, end, score_of(edge));
+    if (threadIdx.x == 0) {
+        found[block] = s->n_list;
+        __threadfence();
+        s->flag = atomicAdd(l.arrived + number, 1u) + 1 == busy;
+        __threadfence();
+    }
+    __syncthreads();
+    if (!s->flag)
+        return;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        l.arrived[number] = 0;
+        s->n_list = 0;
+        s->flag = 0;
+    }
+    __syncthreads();
+    if (edge != KEY_MASKED)
+        gather(s, region, found, busy);
+    uint32_t n_list = s->n_list;
+    if (n_list < (uint32_t)p->top_k || n_list > Z::LIST || s->flag)
+        exact_select<Z>(r.score, r.n, p->top_k);
+    else
+        table_from_list(s, n_list, edge);
+    finish_row(s, p, &r);
+}
+
+/* ---- launching ------------------------------------------------------------------------------- */
+
+typedef struct sizes<512, 4096, 4, 10> crowd_sizes;  /* many rows */
+typedef struct sizes<1024, 4096, 4, 10> alone_sizes; /* at most a row per multiprocessor */
+typedef struct sizes<1024, 8192, 1, 40> large_sizes; /* top_k above 2048 */
+enum { SMALL_K = 2048 };
+
+static const int64_t SPLIT_MIN_PART = 4096; /* keys that are worth a block */
+
+/* Blocks per row: 1, or more where rows are so few that they leave the device idle. */
+static uint32_t blocks_per_row(int64_t rows, int64_t max_key, int32_t top_k, int32_t n_sm) {
+    if (rows < 1 || max_key <= SHORT || top_k > SMALL_K || rows * 3 > n_sm)
+        return 1;
+    int64_t blocks = n_sm / rows, useful = (max_key + SPLIT_MIN_PART - 1) / SPLIT_MIN_PART;
+    return (uint32_t)(blocks < useful ? blocks : useful);
+}
+
+/* Counters first, so that one fill at a run's first slab clears them for every later one. */
+static size_t counter_bytes(int32_t n_sm) {
+    return ((size_t)n_sm * sizeof(uint32_t) + 255) / 256 * 256;
+}
+
+size_t lidx_topk_scratch(int64_t rows, int64_t max_key, int32_t top_k, int32_t n_sm) {
+    if (max_key <= SHORT || top_k > SMALL_K || rows < 1)
+        return 0;
+    /* A slab of fewer rows may still be split, into at most n_sm blocks in all. */
+    return 2 * counter_bytes(n_sm) + (size_t)n_sm * SPLIT_ROOM * sizeof(uint64_t);
+}
+
+template <class Z>
+static cudaError_t start(void (*kernel)(struct launch), struct launch *l, int64_t blocks,
+                         cudaStream_t stream) {
+    int bytes = (int)sizeof(struct shared<Z>);
+    void *arguments[] = {l};
+    cudaError_t e = cudaFuncSetAttribute((const void *)kernel,
+                                         cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (e != cudaSuccess)
+        return e;
+    return cudaLaunchKernel((const void *)kernel, dim3((unsigned)blocks), dim3(Z::THREADS),
+                            arguments, (size_t)bytes, stream);
+}
+
+int lidx_launch_topk(const struct slab *s, void *stream) {
+    cudaStream_t on = (cudaStream_t)stream;
+    int64_t rows = s->row_end - s->row_begin;
+    int64_t max_key = s->p.n_key < s->scores_stride ? s->p.n_key : s->scores_stride;
+    struct launch l;
+    l.slab = *s;
+    l.blocks = blocks_per_row(rows, max_key, s->p.top_k, s->n_sm);
+    l.arrived = (uint32_t *)s->scratch;
+    l.found = (uint32_t *)((char *)s->scratch + counter_bytes(s->n_sm));
+    l.region = (uint64_t *)((char *)s->scratch + 2 * counter_bytes(s->n_sm));
+    if (s->first && lidx_topk_scratch(rows, max_key, s->p.top_k, s->n_sm)) {
+        cudaError_t e = cudaMemsetAsync(s->scratch, 0, counter_bytes(s->n_sm), on);
+        if (e != cudaSuccess)
+            return e;
+    }
+    if (rows <= 0)
+        return cudaSuccess;
+    if (s->p.top_k > SMALL_K)
+        return start<large_sizes>(row_kernel<large_sizes, 1>, &l, rows, on);
+    if (l.blocks > 1)
+        return start<alone_sizes>(split_kernel<alone_sizes>, &l, rows * l.blocks, on);
+    if (rows <= s->n_sm)
+        return start<alone_sizes>(row_kernel<alone_sizes, 1>, &l, rows, on);
+    return start<crowd_sizes>(row_kernel<crowd_sizes, 3>, &l, rows, on);
+}
