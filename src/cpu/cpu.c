@@ -336,14 +336,14 @@ static int cpu_run(void *state, const struct problem *p, const struct run_resour
     struct run run;
     (void)resources;
     prepare_run(&run, cpu, p);
-    int64_t items = run.plan.n_items > 0 ? run.plan.n_items : 1;
-    int n = items < cpu->n_workers ? (int)items : cpu->n_workers;
-    if (n == 1) {
+    if (run.plan.n_items <= 1 || cpu->n_workers == 1) {
         work(&run, 0, 1);
         return LIDX_OK;
     }
+    /* Always the whole team, even for fewer items: OpenMP runtimes end and restart threads when
+     * the size of a team changes from call to call. */
 #ifdef _OPENMP
-#pragma omp parallel num_threads(n)
+#pragma omp parallel num_threads(cpu->n_workers)
     work(&run, omp_get_thread_num(), omp_get_num_threads());
 #endif
     return LIDX_OK;

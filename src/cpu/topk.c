@@ -125,10 +125,11 @@ void lidx_topk_merge(struct topk *t, const uint64_t *entry, int n) {
     while (n > 0) {
         int step = n < TOPK_STEP ? n : TOPK_STEP;
         make_room(t, step);
-        for (int i = 0; i < step; i++) {
-            t->entry[t->n] = entry[i];
-            t->n += entry[i] > t->threshold;
-        }
+        memcpy(t->entry + t->n, entry, sizeof *entry * (size_t)step);
+        if (t->threshold == 0)
+            t->n += step;
+        else
+            t->n += t->loops->keep(t->entry + t->n, step, t->threshold + 1);
         entry += step;
         n -= step;
     }
