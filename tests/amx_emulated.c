@@ -1,0 +1,26 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * src/cpu/amx.c once more, its tile instructions emulated: the whole kernel, packing, pipeline,
+ * tails and epilogue, on machines without AMX. Its vector code still needs AVX-512.
+ */
+#include "amx_emulation.h"
+
+#if defined(__x86_64__)
+
+#define lidx_kernel_amx lidx_kernel_amx_under_emulation
+#include "../src/cpu/amx.c"
+#undef lidx_kernel_amx
+
+extern const struct kernel lidx_kernel_amx_emulated;
+
+const struct kernel lidx_kernel_amx_emulated = {
+    .name = "amx_emulated",
+    .needs = FEATURE_AVX512 | FEATURE_FMA,
+    .enter = enter,
+    .leave = leave,
+    .topk = &lidx_topk_avx512,
+    .path = {[DTYPE_BF16] = {packed_size_bf16, pack_bf16, score_bf16},
+             [DTYPE_FP16] = {packed_size_fp16, pack_fp16, score_fp16}},
+};
+
+#endif
