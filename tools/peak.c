@@ -36,10 +36,12 @@ struct instruction {
 
 /* Read as fp32 or as pairs of bf16, these are numbers between 0.25 and 1.75 of either sign. */
 static const uint32_t operand[2][16] __attribute__((aligned(64))) = {
-    {0xbf91bf4e, 0x3f98bf94, 0x3f23bf09, 0x3f873f58, 0xbf19bfc6, 0x3faebefa, 0xbf33bfbe, 0x3f753fa9,
-     0x3f573fd9, 0xbfc8be9b, 0x3f133fb5, 0x3f613f8e, 0x3f903fa2, 0xbfc4bfa6, 0x3fd9bfa9, 0xbf993f2d},
-    {0xbf793ec3, 0xbf5dbe8f, 0x3fb3bea1, 0xbf513f89, 0x3f81bf36, 0xbed3bfd6, 0x3f2f3ef7, 0xbfdc3f38,
-     0xbfcc3f50, 0x3f9bbf97, 0x3f65bfd3, 0x3fdb3f89, 0xbfb73e8f, 0xbeae3f73, 0x3f943fad, 0xbf91bfd8},
+    {0xbf91bf4e, 0x3f98bf94, 0x3f23bf09, 0x3f873f58, 0xbf19bfc6, 0x3faebefa,
+     0xbf33bfbe, 0x3f753fa9, 0x3f573fd9, 0xbfc8be9b, 0x3f133fb5, 0x3f613f8e,
+     0x3f903fa2, 0xbfc4bfa6, 0x3fd9bfa9, 0xbf993f2d},
+    {0xbf793ec3, 0xbf5dbe8f, 0x3fb3bea1, 0xbf513f89, 0x3f81bf36, 0xbed3bfd6,
+     0x3f2f3ef7, 0xbfdc3f38, 0xbfcc3f50, 0x3f9bbf97, 0x3f65bfd3, 0x3fdb3f89,
+     0xbfb73e8f, 0xbeae3f73, 0x3f943fad, 0xbf91bfd8},
 };
 
 static int has_fma_ymm(void) {
@@ -73,7 +75,8 @@ static double loop_fma_ymm(int64_t rounds) {
                      : "+r"(rounds)
                      : "r"(operand)
                      : "cc", "memory", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6",
-                       "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
+                       "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14",
+                       "xmm15");
     return flop;
 }
 
@@ -96,7 +99,8 @@ static double loop_fma_zmm(int64_t rounds) {
                      : "+r"(rounds)
                      : "r"(operand)
                      : "cc", "memory", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6",
-                       "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
+                       "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14",
+                       "xmm15");
     return flop;
 }
 
@@ -119,7 +123,8 @@ static double loop_vdpbf16ps(int64_t rounds) {
                      : "+r"(rounds)
                      : "r"(operand)
                      : "cc", "memory", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6",
-                       "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
+                       "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14",
+                       "xmm15");
     return flop;
 }
 
@@ -313,9 +318,12 @@ const char *peak_instruction(const char *kernel, int type_code) {
     static const struct {
         const char *kernel, *bf16, *fp16;
     } rows[] = {
-        {"avx2", "FMA ymm", "FMA ymm"},       {"avx512", "FMA zmm", "FMA zmm"},
-        {"avx512_bf16", "VDPBF16PS zmm", "FMA zmm"}, {"amx", "TDPBF16PS", "TDPBF16PS"},
-        {"neon_bf16", "BFMMLA", "FMLA"},      {"neon", "FMLA", "FMLA"},
+        {"avx2", "FMA ymm", "FMA ymm"},
+        {"avx512", "FMA zmm", "FMA zmm"},
+        {"avx512_bf16", "VDPBF16PS zmm", "FMA zmm"},
+        {"amx", "TDPBF16PS", "TDPBF16PS"},
+        {"neon_bf16", "BFMMLA", "FMLA"},
+        {"neon", "FMLA", "FMLA"},
     };
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
         if (strcmp(rows[i].kernel, kernel) == 0) {

@@ -190,7 +190,8 @@ INLINE void score_tile(float *score, const void *packed, int n_heads, const stru
         widen_rows(wide + j * D, run->block[b + j / KEY_BLOCK], run->row_stride,
                    n - j < KEY_BLOCK ? n - j : KEY_BLOCK, D, dtype);
     if (n < TILE) { /* panels work on whole groups, and the tree on 8 keys */
-        memset(wide + n * D, 0, sizeof(float) * (size_t)((TILE - n < CHAINS ? TILE - n : CHAINS) * D));
+        int spare = TILE - n < CHAINS ? TILE - n : CHAINS;
+        memset(wide + n * D, 0, sizeof(float) * (size_t)(spare * D));
         memset(sums, 0, sizeof sums);
     }
     struct ahead ahead;
