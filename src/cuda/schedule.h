@@ -1,0 +1,160 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Which CTA scores what. Compiled for the device and, by its test, for the host.
+ *
+ * An item is one block of up to 2^block_shift query rows of one batch; its work is the tiles of
+ * TILE_KEYS keys that its last row sees, none beyond. All items of a slab laid end to end, batch after
+ * batch, make one line of tiles, on which each item also takes `charge` places in front of its
+ * first tile for the cost of switching to it. A CTA gets one of `n_cta` equal contiguous runs of
+ * that line. Lengths are on the device, so every CTA finds its run by itself: a sum over batches,
+ * a closed form within a batch, no metadata and no atomics.
+ */
+#ifndef LIDX_SCHEDULE_H
+#define LIDX_SCHEDULE_H
+
+#include "../visible.h"
+
+enum { TILE_KEYS = 64, TILE_SHIFT = 6 };
+
+/* The part of a slab that lies in one batch. Everything fits 32 bits: TMA coordinates must. */
+struct batch_part {
+    int32_t query_begin; /* row of the batch's query 0 in the query tensor's batch */
+    int32_t key_begin;
+    int32_t n_query; /* real lengths */
+    int32_t n_key;
+    int32_t first; /* queries [first, last) are in the slab */
+    int32_t last;
+    int32_t n_items;
+};
+
+/* What a slab and a kernel instance fix. An item has at most TILE_KEYS rows. */
+struct line {
+    int64_t row_begin; /* output rows of the slab */
+    int64_t row_end;
+    int32_t block_shift; /* log2 of the query rows of an item */
+    int32_t charge;
+};
+
+/* A place on the line, and the next item there. `at` is where that item begins, counted from
+ * the beginning of the run (negative for an item that an earlier run has begun). */
+struct cursor {
+    int32_t batch;
+    int32_t item;
+    int32_t at;
+    int32_t span; /* places of the run */
+};
+
+LIDX_INLINE int64_t batch_first_row(const struct problem *p, const struct extent *e, int64_t b) {
+    return p->query_packed ? e->query_begin : b * p->n_query;
+}
+
+LIDX_INLINE struct batch_part part_of_batch(const struct problem *p, const struct line *line,
+                                            int64_t b) {
+    struct extent e = lidx_extent(p, b);
+    int64_t row = batch_first_row(p, &e, b);
+    struct batch_part part;
+    part.query_begin = (int32_t)e.query_begin;
+    part.key_begin = (int32_t)e.key_begin;
+    part.n_query = (int32_t)e.n_query;
+    part.n_key = (int32_t)e.n_key;
+    part.first = (int32_t)lidx_clamp(line->row_begin - row, 0, e.n_query);
+    part.last = (int32_t)lidx_clamp(line->row_end - row, 0, e.n_query);
+    int32_t rows = part.last - part.first;
+    part.n_items = rows > 0 && part.n_key > 0
+                       ? (int32_t)(((uint32_t)rows + (1u << line->block_shift) - 1) >>
+                                   line->block_shift)
+                       : 0;
+    return part;
+}
+
+/* Keys that query i sees, i < n_query. The 32-bit twin of lidx_visible. */
+LIDX_INLINE int32_t part_visible(const struct problem *p, const struct batch_part *part,
+                                 int32_t i) {
+    if (p->sparse_mode == 0)
+        return part->n_key;
+    int32_t seen = part->n_key - part->n_query + i + 1;
+    return seen > 0 ? seen : 0;
+}
+
+LIDX_INLINE int32_t item_tiles(const struct problem *p, const struct line *line,
+                               const struct batch_part *part, int32_t item) {
+    int64_t last = part->first + ((int64_t)(item + 1) << line->block_shift);
+    int32_t seen = part_visible(p, part, (int32_t)(last < part->last ? last : part->last) - 1);
+    return (int32_t)(((uint32_t)seen + TILE_KEYS - 1) >> TILE_SHIFT);
+}
+
+/* Sum of x >> shift over x in [0, n). */
+LIDX_INLINE int64_t sum_of_shifted(int64_t n, int32_t shift) {
+    int64_t whole = n >> shift;
+    int64_t rest = n & ((1 << shift) - 1);
+    return ((whole * (whole - 1) / 2) << shift) + whole * rest;
+}
+
+/* The batch's first item that sees a key. */
+LIDX_INLINE int32_t first_item(const struct problem *p, const struct line *line,
+                               const struct batch_part *part) {
+    int64_t blind = (int64_t)part->n_query - part->n_key - part->first;
+    if (p->sparse_mode == 0 || blind <= 0)
+        return 0;
+    blind >>= line->block_shift;
+    return blind < part->n_items ? (int32_t)blind : part->n_items;
+}
+
+/* Places that the batch's first `items` items take. Causal: with block = 2^block_shift
+ * rows, item m sees x = a + block * (m + 1)
+ * keys (a last, shorter item is charged as if it were whole, which costs at most a place), so
+ * its tiles are (x + 63) >> 6 = ((a + 63) / block + m + 1) >> (6 - block_shift), a sum with a
+ * closed form. Items with x <= 0 see nothing and take no place. */
+LIDX_INLINE int64_t places_before(const struct problem *p, const struct line *line,
+                                  const struct batch_part *part, int32_t items) {
+    if (p->sparse_mode == 0) {
+        int64_t tiles = ((uint32_t)part->n_key + TILE_KEYS - 1) >> TILE_SHIFT;
+        return items * (tiles + line->charge);
+    }
+    int64_t a = (int64_t)part->n_key - part->n_query + part->first;
+    int64_t blind = first_item(p, line, part);
+    if (items <= blind)
+        return 0;
+    int64_t base = ((a + TILE_KEYS - 1) >> line->block_shift) + 1;
+    int32_t shift = TILE_SHIFT - line->block_shift;
+    return sum_of_shifted(base + items, shift) - sum_of_shifted(base + blind, shift) +
+           (items - blind) * line->charge;
+}
+
+/* The last item of the batch that begins at or before `place`, which lies in the batch. */
+LIDX_INLINE int32_t item_at(const struct problem *p, const struct line *line,
+                            const struct batch_part *part, int64_t place) {
+    int32_t low = 0, high = part->n_items;
+    while (high - low > 1) {
+        int32_t middle = low + (high - low) / 2;
+        if (places_before(p, line, part, middle) <= place)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* Run number `cta` of `n_cta` begins here; the next one begins where it ends. */
+LIDX_INLINE int64_t run_begin(int64_t total, int32_t cta, int32_t n_cta) {
+    return total / n_cta * cta + total % n_cta * cta / n_cta;
+}
+
+/* Tiles [*begin, *end) of the cursor's item are in the run. */
+LIDX_INLINE void tiles_of_cursor(const struct line *line, const struct cursor *c, int32_t tiles,
+                                 int32_t *begin, int32_t *end) {
+    int32_t at = c->at + line->charge;
+    *begin = at < 0 ? -at : 0;
+    *end = tiles < c->span - at ? tiles : c->span - at;
+}
+
+/* Places from the cursor's item to the one behind it. */
+LIDX_INLINE int32_t item_places(const struct problem *p, const struct line *line,
+                                const struct batch_part *part, int32_t item) {
+    int64_t seen = part->n_key;
+    if (p->sparse_mode != 0)
+        seen += part->first - (int64_t)part->n_query + ((int64_t)(item + 1) << line->block_shift);
+    return seen > 0 ? (int32_t)((seen + TILE_KEYS - 1) >> TILE_SHIFT) + line->charge : 0;
+}
+
+#endif
