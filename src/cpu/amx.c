@@ -322,19 +322,10 @@ struct pass {
     int head_dim;
     int n_tiles;
     int n_blocks;
-    int n_listed;       /* with those that are there for prefetch */
-    __mmask16 heads;    /* of the last head tile */
-    __mmask16 keys;     /* of the last key block */
-    struct place front; /* the slot to multiply */
-    struct place back;  /* the slot to reduce, two behind */
+    int n_listed;    /* with those that are there for prefetch */
+    __mmask16 heads; /* of the last head tile */
+    __mmask16 keys;  /* of the last key block */
 };
-
-INLINE void advance(struct place *place, int n_tiles) {
-    if (++place->tile == n_tiles) {
-        place->tile = 0;
-        place->block++;
-    }
-}
 
 static int rows_in_block(const struct key_run *run, int block) {
     int left = run->n_keys - block * KEY_BLOCK;
@@ -436,15 +427,13 @@ TARGET static void score_flagged(const struct pass *p, int block, unsigned flags
 
 /* ---- vector work ------------------------------------------------------------------------------ */
 
-/* One key's 16 heads into its running sum. max with the sum second keeps a NaN; the mask keeps
- * out what inf * 0 makes of heads that are not there. The empty asm holds the sum at this place:
- * without it gcc moves all the arithmetic behind the last tile instruction, and spills. */
+/* One key's 16 heads into its running sum. max with the dot product second keeps a NaN; the mask
+ * keeps out what inf * 0 makes of heads that are not there. The FMA is written out because gcc
+ * would move all of them behind the last tile instruction, and spill. */
 INLINE void reduce_row(__m512 *sum, const float *tile, int row, __m512 weight, __mmask16 heads) {
     __m512 dot = _mm512_load_ps(tile + row * LANES);
     __m512 relu = _mm512_maskz_max_ps(heads, _mm512_setzero_ps(), dot);
-    __m512 next = _mm512_fmadd_ps(relu, weight, sum[row]);
-    __asm__ volatile("" : "+v"(next));
-    sum[row] = next;
+    __asm__ volatile("vfmadd231ps %1, %2, %0" : "+v"(sum[row]) : "v"(relu), "v"(weight));
 }
 
 INLINE void reduce_rows(__m512 *sum, const float *tile, int row, int count, __m512 weight,
@@ -490,8 +479,7 @@ INLINE void clear_sums(__m512 *s) {
 }
 
 /* After the last head tile of a block. Blocks below 0 are what the pipeline holds as it fills. */
-INLINE void finish_block(struct pass *p, __m512 *sum, int fp16) {
-    int block = p->back.block;
+INLINE void finish_block(struct pass *p, __m512 *sum, int block, int fp16) {
     if (block >= 0) {
         __mmask16 keys = block == p->n_blocks - 1 ? p->keys : 0xFFFF;
         _mm512_mask_store_ps(p->score + block * KEY_BLOCK, keys, sum_lanes(sum));
@@ -510,10 +498,10 @@ struct fetch {
     int groups;
 };
 
-INLINE struct fetch fetch_plan(const struct pass *p) {
+INLINE struct fetch fetch_plan(const struct pass *p, struct place front) {
     int per_slot = p->n_tiles >= 4 ? 1 : p->n_tiles == 1 ? 4 : 2;
-    int first = p->front.tile * per_slot;
-    int near = p->front.block + NEAR_BLOCKS, far = p->front.block + FAR_BLOCKS;
+    int first = front.tile * per_slot;
+    int near = front.block + NEAR_BLOCKS, far = front.block + FAR_BLOCKS;
     struct fetch f = {NULL, NULL, p->run->row_stride, per_slot};
     if (first >= 4 || near >= p->n_listed)
         return f;
@@ -580,19 +568,24 @@ INLINE void run_step(struct pass *p, __m512 *sum, const struct step *t, int c, i
     fetch_lines(&t->fetch, step);
 }
 
+/* The head tile and block of slots s and s-2. */
+struct places {
+    struct place front, back;
+};
+
 /* Slot s with accumulator c = s % 2; slot s-2 used the same one and the same place in the ring. */
-INLINE void slot(struct pass *p, __m512 *sum, int c, int steps, int fp16) {
+INLINE void slot(struct pass *p, __m512 *sum, int c, struct places at, int steps, int fp16) {
     const int slot_bytes = steps * (fp16 ? 2 : 1) * TILE_BYTES;
     struct step t;
-    t.query = p->tiles + (int64_t)p->front.tile * slot_bytes;
+    t.query = p->tiles + (int64_t)at.front.tile * slot_bytes;
     t.tile = p->ring + c * LANES * LANES;
-    t.weight = _mm512_load_ps(p->weights + p->back.tile * LANES);
-    t.heads = heads_of(p, p->back.tile);
-    t.reload = !fp16 && p->front.tile == p->n_tiles - 1 && p->front.block + 1 < p->n_blocks;
-    t.next = keys_of(p, p->front.block + t.reload);
-    t.fetch = fetch_plan(p);
-    if (fp16 && p->front.tile == 0)
-        split_block(p, p->front.block, steps);
+    t.weight = _mm512_load_ps(p->weights + at.back.tile * LANES);
+    t.heads = heads_of(p, at.back.tile);
+    t.reload = !fp16 && at.front.tile == p->n_tiles - 1 && at.front.block + 1 < p->n_blocks;
+    t.next = keys_of(p, at.front.block + t.reload);
+    t.fetch = fetch_plan(p, at.front);
+    if (fp16 && at.front.tile == 0)
+        split_block(p, at.front.block, steps);
     zero_sums(c);
     run_step(p, sum, &t, c, 0, steps, fp16);
     run_step(p, sum, &t, c, 1, steps, fp16);
@@ -600,44 +593,74 @@ INLINE void slot(struct pass *p, __m512 *sum, int c, int steps, int fp16) {
         run_step(p, sum, &t, c, 2, steps, fp16);
         run_step(p, sum, &t, c, 3, steps, fp16);
     }
-    if (p->back.tile == p->n_tiles - 1)
-        finish_block(p, sum, fp16);
-    advance(&p->front, p->n_tiles);
-    advance(&p->back, p->n_tiles);
+    if (at.back.tile == p->n_tiles - 1)
+        finish_block(p, sum, at.back.block, fp16);
 }
 
 /* What remains of a slot whose tile is in the ring. */
-INLINE void drain(struct pass *p, __m512 *sum, int c, int fp16) {
+INLINE void drain(struct pass *p, __m512 *sum, int c, struct place back, int fp16) {
     const float *tile = p->ring + c * LANES * LANES;
-    const __m512 weight = _mm512_load_ps(p->weights + p->back.tile * LANES);
-    const __mmask16 heads = heads_of(p, p->back.tile);
+    const __m512 weight = _mm512_load_ps(p->weights + back.tile * LANES);
+    const __mmask16 heads = heads_of(p, back.tile);
     reduce_rows(sum, tile, 0, 4, weight, heads);
     reduce_rows(sum, tile, 4, 4, weight, heads);
     reduce_rows(sum, tile, 8, 4, weight, heads);
     reduce_rows(sum, tile, 12, 4, weight, heads);
-    if (p->back.tile == p->n_tiles - 1)
-        finish_block(p, sum, fp16);
-    advance(&p->back, p->n_tiles);
+    if (back.tile == p->n_tiles - 1)
+        finish_block(p, sum, back.block, fp16);
 }
 
+INLINE void advance(struct place *place, int n_tiles) {
+    if (++place->tile == n_tiles) {
+        place->tile = 0;
+        place->block++;
+    }
+}
+
+/* All slots, for any number of head tiles. */
 INLINE void run_slots(struct pass *p, int steps, int fp16) {
     __m512 sum[KEY_BLOCK];
-    int64_t n_slots = (int64_t)p->n_blocks * p->n_tiles;
+    const int n_tiles = p->n_tiles;
+    int64_t n_slots = (int64_t)p->n_blocks * n_tiles;
+    struct places at = {{0, 0}, {n_tiles == 1 ? 0 : n_tiles - 2, n_tiles == 1 ? -2 : -1}};
     clear_sums(sum);
-    for (int64_t s = 0; s + 2 <= n_slots; s += 2) {
-        slot(p, sum, 0, steps, fp16);
-        slot(p, sum, 1, steps, fp16);
+    for (int64_t s = 0; s < n_slots; s++) {
+        if (s % 2 == 0)
+            slot(p, sum, 0, at, steps, fp16);
+        else
+            slot(p, sum, 1, at, steps, fp16);
+        advance(&at.front, n_tiles);
+        advance(&at.back, n_tiles);
     }
     if (n_slots % 2) {
-        slot(p, sum, 0, steps, fp16);
         store_sums(0, p->ring);
-        drain(p, sum, 1, fp16);
-        drain(p, sum, 0, fp16);
+        drain(p, sum, 1, at.back, fp16);
+        advance(&at.back, n_tiles);
+        drain(p, sum, 0, at.back, fp16);
     } else {
         store_sums(1, p->ring + LANES * LANES);
-        drain(p, sum, 0, fp16);
-        drain(p, sum, 1, fp16);
+        drain(p, sum, 0, at.back, fp16);
+        advance(&at.back, n_tiles);
+        drain(p, sum, 1, at.back, fp16);
     }
+}
+
+/* The same for four head tiles, 49 to 64 heads, with all that depends on the head tile known to
+ * the compiler. */
+INLINE void run_slots_of_4(struct pass *p, int steps) {
+    __m512 sum[KEY_BLOCK];
+    int block = 0;
+    p->n_tiles = 4;
+    clear_sums(sum);
+    for (; block < p->n_blocks; block++) {
+        slot(p, sum, 0, (struct places){{0, block}, {2, block - 1}}, steps, 0);
+        slot(p, sum, 1, (struct places){{1, block}, {3, block - 1}}, steps, 0);
+        slot(p, sum, 0, (struct places){{2, block}, {0, block}}, steps, 0);
+        slot(p, sum, 1, (struct places){{3, block}, {1, block}}, steps, 0);
+    }
+    store_sums(1, p->ring + LANES * LANES);
+    drain(p, sum, 0, (struct place){2, block - 1}, 0);
+    drain(p, sum, 1, (struct place){3, block - 1}, 0);
 }
 
 /* ---- score ------------------------------------------------------------------------------------ */
@@ -651,9 +674,6 @@ static struct pass pass_of(float *score, const void *packed, int n_heads, int he
     p.n_listed = p.n_blocks + run->n_ahead;
     p.heads = (__mmask16)(0xFFFF >> (p.n_tiles * LANES - n_heads));
     p.keys = (__mmask16)(0xFFFF >> (p.n_blocks * KEY_BLOCK - run->n_keys));
-    /* The pipeline fills with two slots of blocks that are not there. */
-    p.back.tile = p.n_tiles == 1 ? 0 : p.n_tiles - 2;
-    p.back.block = p.n_tiles == 1 ? -2 : -1;
     return p;
 }
 
@@ -670,12 +690,18 @@ TARGET static void score_bf16(float *score, const void *packed, int n_heads, int
     load_keys(0, first.row, first.stride);
     load_keys(1, first.row + 64, first.stride);
     if (head_dim == 64) {
-        run_slots(&p, 2, 0);
+        if (p.n_tiles == 4)
+            run_slots_of_4(&p, 2);
+        else
+            run_slots(&p, 2, 0);
         return;
     }
     load_keys(2, first.row + 128, first.stride);
     load_keys(3, first.row + 192, first.stride);
-    run_slots(&p, 4, 0);
+    if (p.n_tiles == 4)
+        run_slots_of_4(&p, 4);
+    else
+        run_slots(&p, 4, 0);
 }
 
 TARGET static void score_fp16(float *score, const void *packed, int n_heads, int head_dim,
