@@ -82,16 +82,21 @@ static int check_structure(struct checker *c, struct operand *o, const char *nam
     if (t->dtype.lanes != 1)
         return lidx_fail(LIDX_ERR_DTYPE, "%s has %d lanes an element; it should have 1", name,
                          (int)t->dtype.lanes);
-    int64_t n = 1;
+    /* A size of 0 counts as 1 here, so that no product of some of the sizes overflows later. */
+    int64_t n = 1, empty = 0;
     for (int i = 0; i < ndim; i++) {
-        if (t->shape[i] < 0)
+        int64_t size = t->shape[i];
+        if (size < 0)
             return lidx_fail(LIDX_ERR_SHAPE, "%s has size %lld in dimension %d; sizes are 0 or more",
-                             name, (long long)t->shape[i], i);
-        if (t->shape[i] != 0 && n > (INT64_MAX / 8) / t->shape[i])
+                             name, (long long)size, i);
+        if (size == 0)
+            empty = 1;
+        else if (n > (INT64_MAX / 64) / size)
             return lidx_fail(LIDX_ERR_SHAPE, "%s has more elements than 64 bits can address", name);
-        n *= t->shape[i];
+        else
+            n *= size;
     }
-    o->n_elements = n;
+    o->n_elements = empty ? 0 : n;
     if (t->device.device_type != c->device.device_type ||
         t->device.device_id != c->device.device_id)
         return lidx_fail(LIDX_ERR_DEVICE,
@@ -424,7 +429,9 @@ static int check_length_values(const struct operand *o, int packed, int64_t limi
 
 static int check_page_ids(const struct checker *c) {
     const struct problem *p = c->p;
-    for (int64_t b = 0; p->page_size && b < p->n_batch; b++) {
+    if (!p->page_size || p->n_query == 0)
+        return LIDX_OK;
+    for (int64_t b = 0; b < p->n_batch; b++) {
         struct extent e = lidx_extent(p, b);
         if (e.n_query == 0)
             continue;

@@ -3,6 +3,7 @@
  * The CPU backend: OpenMP threads take items of the plan, call one kernel, keep the k best of
  * each row and write them. All memory comes from one allocation made with the context.
  */
+#include <fenv.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -216,7 +217,9 @@ static void score_item(struct worker *w, const struct plan_item *item) {
             int64_t n = (row->visible < end ? row->visible : end) - begin;
             if (n <= 0)
                 continue;
-            const struct key_run keys = {w->list, row_stride, (int)n, n == end - begin ? ahead : 0};
+            /* What comes next is fetched once, while the last row, which sees it all, passes. */
+            int is_last = r == item->n_rows - 1;
+            const struct key_run keys = {w->list, row_stride, (int)n, is_last ? ahead : 0};
             w->run->path->score(w->score, row->packed, p->n_heads, p->head_dim, &keys);
             lidx_topk_push(&row->topk, w->score, (int)n, begin);
         }
@@ -289,24 +292,35 @@ static void assign_memory(struct worker *w, struct run *run, int index) {
     }
 }
 
-static void work(struct run *run, int index, int n_threads) {
-    struct worker w;
+static void take_items(struct worker *w) {
+    struct run *run = w->run;
     struct plan_cursor cursor;
     struct plan_item item;
-    const struct kernel *kernel = run->cpu->kernel;
-    assign_memory(&w, run, index);
     lidx_plan_start(&cursor, &run->plan);
-    if (kernel->enter)
-        kernel->enter();
     for (;;) {
         int64_t i = atomic_fetch_add_explicit(&run->next_item, 1, memory_order_relaxed);
         if (i >= run->plan.n_items)
-            break;
+            return;
         lidx_plan_seek(&cursor, i, &item);
-        run_item(&w, &item);
+        run_item(w, &item);
     }
+}
+
+/* What one thread does. The caller's rounding mode and flush-to-zero bits hold for its own thread
+ * only, so every thread works in the default environment: bits must not depend on who works. */
+static void work(struct run *run, int index, int n_threads) {
+    struct worker w;
+    fenv_t environment;
+    const struct kernel *kernel = run->cpu->kernel;
+    fegetenv(&environment);
+    fesetenv(FE_DFL_ENV);
+    assign_memory(&w, run, index);
+    if (kernel->enter)
+        kernel->enter();
+    take_items(&w);
     if (kernel->leave)
         kernel->leave();
+    fesetenv(&environment);
     for (int64_t b = index; b < run->p->n_batch; b += n_threads)
         write_empty_rows(run->p, b);
     if (index == 0)
@@ -335,6 +349,8 @@ static int cpu_run(void *state, const struct problem *p, const struct run_resour
     struct cpu *cpu = state;
     struct run run;
     (void)resources;
+    if (p->n_query == 0)
+        return LIDX_OK;
     prepare_run(&run, cpu, p);
     if (run.plan.n_items <= 1 || cpu->n_workers == 1) {
         work(&run, 0, 1);

@@ -20,6 +20,7 @@
 #include <stdint.h>
 
 #include "../problem.h"
+#include "features.h" /* the bits of struct kernel.needs */
 
 enum {
     KEY_BLOCK = 16,         /* keys of one block: 16 divides every page size */
