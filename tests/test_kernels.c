@@ -19,6 +19,11 @@
 #include "../tools/peak.h"
 #include "lightning_indexer.h"
 
+#if defined(__x86_64__)
+/* amx.c on tile instructions in plain C, for machines that have none. */
+extern const struct kernel lidx_kernel_amx_emulated;
+#endif
+
 enum {
     MAX_KEYS = 160, /* at least MAX_HEAD_DIM, so that a bad value visits every position */
     MAX_BLOCKS = MAX_KEYS / KEY_BLOCK,
@@ -415,20 +420,23 @@ static int ascending(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* Seconds of one pass over the run, repeated for some 20 ms. */
-static double time_pass(const struct kernel_path *path, float *score, const void *packed, int heads,
-                        int dim, const struct key_run *run) {
-    double begin = now(), took;
+/* Passes over the run for some 20 ms: the fastest, and the mean. */
+static void time_passes(const struct kernel_path *path, float *score, const void *packed, int heads,
+                        int dim, const struct key_run *run, double *fastest, double *mean) {
+    double begin = now(), last = begin;
     int passes = 0;
     do {
         path->score(score, packed, heads, dim, run);
+        double t = now();
+        *fastest = t - last < *fastest ? t - last : *fastest;
+        last = t;
         passes++;
-        took = now() - begin;
-    } while (took < 0.02);
-    return took / passes;
+    } while (last - begin < 0.02);
+    *mean = (last - begin) / passes;
 }
 
-/* Fractions of a peak that is timed right before and after each round. */
+/* Times a run in rounds, the peak before each: the median round against the median peak, and the
+ * fastest pass against the best peak, which a busy machine disturbs least. */
 static void bench_case(const struct kernel *kernel, int dtype, int heads, int dim, int n_keys) {
     const struct kernel_path *path = &kernel->path[dtype];
     int type_code = dtype == DTYPE_BF16 ? LIDX_BFLOAT : LIDX_FLOAT;
@@ -440,7 +448,7 @@ static void bench_case(const struct kernel *kernel, int dtype, int heads, int di
     void *packed = aligned_alloc(64, PACKED_MAX);
     uint16_t query[MAX_HEADS * MAX_HEAD_DIM];
     float weights[MAX_HEADS];
-    double seconds[ROUNDS], fraction[ROUNDS];
+    double mean[ROUNDS], peak[ROUNDS], fastest = INFINITY;
     if (!keys || !list || !score || !packed)
         exit(EXIT_FAILURE);
     for (int i = 0; i < heads * dim; i++)
@@ -456,17 +464,20 @@ static void bench_case(const struct kernel *kernel, int dtype, int heads, int di
     struct key_run run = {list, 2 * dim, n_keys, 0};
     path->pack(packed, &(struct query_row){query, weights, heads, dim});
     for (int i = 0; i < ROUNDS; i++) {
-        double before = peak_flops(kernel->name, type_code, 0.005);
-        seconds[i] = time_pass(path, score, packed, heads, dim, &run);
-        double after = peak_flops(kernel->name, type_code, 0.005);
-        fraction[i] = before ? 4.0 * heads * dim * n_keys / (seconds[i] * (before + after)) : 0;
+        peak[i] = peak_flops(kernel->name, type_code, 0.01);
+        time_passes(path, score, packed, heads, dim, &run, &fastest, &mean[i]);
     }
-    qsort(seconds, ROUNDS, sizeof *seconds, ascending);
-    qsort(fraction, ROUNDS, sizeof *fraction, ascending);
-    const char *peak = peak_instruction(kernel->name, type_code);
-    printf("%-12s %-9s %5d %5d %8d %10.2f %8.3f %8.3f  %s\n", kernel->name, dtype_name(dtype),
-           heads, dim, n_keys, seconds[ROUNDS / 2] / n_keys * 1e9, fraction[ROUNDS / 2],
-           fraction[ROUNDS - 1], peak ? peak : "-");
+    qsort(mean, ROUNDS, sizeof *mean, ascending);
+    qsort(peak, ROUNDS, sizeof *peak, ascending);
+    double flop = 2.0 * heads * dim * n_keys;
+    const char *instruction = peak_instruction(kernel->name, type_code);
+    printf("%-12s %-9s %5d %5d %8d %10.2f", kernel->name, dtype_name(dtype), heads, dim, n_keys,
+           fastest / n_keys * 1e9);
+    if (instruction)
+        printf(" %8.3f %8.3f  %s\n", flop / mean[ROUNDS / 2] / peak[ROUNDS / 2],
+               flop / fastest / peak[ROUNDS - 1], instruction);
+    else
+        printf(" %8s %8s  %s\n", "-", "-", "-");
     fflush(stdout);
     free(keys);
     free(list);
@@ -506,23 +517,28 @@ static int wanted(const char *name, int argc, char **argv, int first) {
     return first == argc;
 }
 
+static void add_row(struct rows *rows, const struct kernel *kernel, int argc, char **argv,
+                    int first) {
+    if (!wanted(kernel->name, argc, argv, first))
+        return;
+    if (lidx_kernel_usable(kernel) && rows->n < MAX_ROWS)
+        rows->row[rows->n++].kernel = kernel;
+    else
+        printf("%s: %s\n", kernel->name, lidx_kernel_reason(kernel));
+}
+
 int main(int argc, char **argv) {
     int bench = argc > 1 && strcmp(argv[1], "--bench") == 0;
-    for (int i = 1 + bench; i < argc; i++) {
-        if (!lidx_kernel_choose(argv[i])) {
-            fprintf(stderr, "test_kernels: no kernel is called %s\n", argv[i]);
-            return 2;
-        }
-    }
     struct rows rows = {.n = 0};
-    for (int i = 0; lidx_kernels[i]; i++) {
-        const struct kernel *kernel = lidx_kernels[i];
-        if (!wanted(kernel->name, argc, argv, 1 + bench))
-            continue;
-        if (lidx_kernel_usable(kernel) && rows.n < MAX_ROWS)
-            rows.row[rows.n++].kernel = kernel;
-        else
-            printf("%s: %s\n", kernel->name, lidx_kernel_reason(kernel));
+    for (int i = 0; lidx_kernels[i]; i++)
+        add_row(&rows, lidx_kernels[i], argc, argv, 1 + bench);
+#if defined(__x86_64__)
+    if (!bench)
+        add_row(&rows, &lidx_kernel_amx_emulated, argc, argv, 1);
+#endif
+    if (rows.n == 0) {
+        fprintf(stderr, "test_kernels: no such kernel, or none that this CPU can run\n");
+        return 2;
     }
     if (bench) {
         bench_all(&rows);

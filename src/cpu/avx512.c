@@ -243,6 +243,7 @@ TARGET static void score_bf16(float *out, const void *packed, int n_heads, int h
 const struct kernel lidx_kernel_avx512 = {
     .name = "avx512",
     .needs = FEATURE_AVX512,
+    .topk = &lidx_topk_avx512,
     .path = {[DTYPE_BF16] = {lidx_avx512_packed_size, pack_bf16, score_bf16},
              [DTYPE_FP16] = {lidx_avx512_packed_size, lidx_avx512_pack_fp16,
                              lidx_avx512_score_fp16}},

@@ -219,6 +219,7 @@ TARGET static void score(float *out, const void *packed, int n_heads, int head_d
 const struct kernel lidx_kernel_avx512_bf16 = {
     .name = "avx512_bf16",
     .needs = FEATURE_AVX512 | FEATURE_AVX512_BF16,
+    .topk = &lidx_topk_avx512,
     .path = {[DTYPE_BF16] = {packed_size, pack, score},
              [DTYPE_FP16] = {lidx_avx512_packed_size, lidx_avx512_pack_fp16,
                              lidx_avx512_score_fp16}},
