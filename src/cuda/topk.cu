@@ -45,6 +45,14 @@ template <int THREADS_, int LIST_, int SPREAD_, int CROWD_> struct sizes {
     static const int WORDS = LIST * SPREAD / 4; /* byte counters, four to a word */
 };
 
+/* One row of work. */
+struct row {
+    const float *score;
+    int32_t *indices;
+    char *values;
+    uint32_t n; /* visible keys */
+};
+
 template <class Z> struct shared {
     uint64_t list[Z::LIST];
     uint32_t counter[Z::WORDS];
@@ -60,14 +68,7 @@ template <class Z> struct shared {
     uint32_t last_low;             /* smallest key of the last bin's candidates */
     uint32_t last_high;            /* no candidate's key is larger */
     uint32_t flag;
-};
-
-/* One row of work. */
-struct row {
-    const float *score;
-    int32_t *indices;
-    char *values;
-    uint32_t n; /* visible keys */
+    struct row row;
 };
 
 template <class Z> static __device__ __forceinline__ struct shared<Z> *shared_memory(void) {
@@ -133,7 +134,7 @@ static __device__ int64_t packed_batch(const struct problem *p, int64_t t) {
     return low;
 }
 
-static __device__ struct row find_row(const struct slab *s, int64_t number) {
+static __device__ __forceinline__ struct row find_row(const struct slab *s, int64_t number) {
     const struct problem *p = &s->p;
     int64_t batch = 0, i = number, visible = 0, slot = number;
     if (p->query_packed) {
@@ -276,10 +277,10 @@ template <class Z>
 static __device__ __forceinline__ uint32_t refined_bucket_of(const struct shared<Z> *s,
                                                              const uint32_t *low,
                                                              const uint32_t *high, uint64_t item,
-                                                             uint32_t n_list, uint32_t n) {
+                                                             uint32_t n_list) {
     uint32_t key = item >> 32, bin = key >> 21, before = s->hist[bin];
     uint32_t end = bin == s->last_high >> 21 ? n_list : s->hist[bin + 1];
-    uint32_t buckets = Z::SPREAD * (end - before);
+    uint32_t buckets = Z::SPREAD * (end - before), n = s->row.n;
     float range = (float)((uint64_t)(high[bin] - low[bin] + 1) * n);
     float place = (float)((uint64_t)(key - low[bin]) * n + (uint32_t)item);
     return Z::SPREAD * before + min((uint32_t)(place * ((float)buckets / range)), buckets - 1);
@@ -374,9 +375,11 @@ template <class Z> static __device__ void sort_network(struct shared<Z> *s, uint
 }
 
 /* Orders a list whose simple buckets were crowded. The table of sums is still there. */
-template <class Z> static __device__ __noinline__ void order_crowded(uint32_t n_list, uint32_t n) {
+template <class Z> static __device__ __noinline__ void order_crowded(uint32_t n_list) {
     struct shared<Z> *s = shared_memory<Z>();
-    uint32_t *low = (uint32_t *)s->list, *high = low + BINS; /* over the list, held in registers */
+    /* Over the list, whose items are in registers meanwhile. Slots wait here and not in registers
+     * because both together spill. */
+    uint32_t *low = (uint32_t *)s->list, *high = low + BINS, *waiting = high + BINS;
     uint64_t item[Z::ITEMS];
     uint32_t slot[Z::ITEMS];
 #pragma unroll
@@ -405,12 +408,17 @@ template <class Z> static __device__ __noinline__ void order_crowded(uint32_t n_
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < Z::ITEMS; i++) {
-        slot[i] = NO_SLOT;
-        if (i * Z::THREADS + threadIdx.x < n_list)
-            slot[i] = enter_bucket(s, refined_bucket_of(s, low, high, item[i], n_list, n));
+        uint32_t j = i * Z::THREADS + threadIdx.x;
+        if (j < n_list)
+            waiting[j] = enter_bucket(s, refined_bucket_of(s, low, high, item[i], n_list));
     }
     __syncthreads();
     if (!s->crowded) {
+#pragma unroll
+        for (int i = 0; i < Z::ITEMS; i++) {
+            uint32_t j = i * Z::THREADS + threadIdx.x;
+            slot[i] = j < n_list ? waiting[j] : NO_SLOT;
+        }
         scatter(s, item, slot);
         return;
     }
@@ -426,7 +434,7 @@ template <class Z> static __device__ __noinline__ void order_crowded(uint32_t n_
 /* Sorts the list. Needs the table of sums over the candidates' bins, last_low and last_high, and
  * counters that are zero. */
 template <class Z>
-static __device__ __forceinline__ void order(struct shared<Z> *s, uint32_t n_list, uint32_t n) {
+static __device__ __forceinline__ void order(struct shared<Z> *s, uint32_t n_list) {
     uint64_t item[Z::ITEMS];
     uint32_t slot[Z::ITEMS];
     float last_scale = (float)(Z::SPREAD * (n_list - s->hist[s->last_high >> 21])) /
@@ -442,14 +450,15 @@ static __device__ __forceinline__ void order(struct shared<Z> *s, uint32_t n_lis
     }
     __syncthreads();
     if (s->crowded)
-        order_crowded<Z>(n_list, n);
+        order_crowded<Z>(n_list);
     else
         scatter(s, item, slot);
 }
 
 template <class Z>
 static __device__ __forceinline__ void write_row(struct shared<Z> *s, const struct problem *p,
-                                                 const struct row *r, uint32_t n_list) {
+                                                 uint32_t n_list) {
+    const struct row *r = &s->row;
     for (uint32_t j = threadIdx.x; j < (uint32_t)p->top_k; j += Z::THREADS)
         r->indices[j] = j < n_list ? (int32_t)s->list[j] : -1;
     if (!r->values)
@@ -735,8 +744,12 @@ static __device__ __forceinline__ void feed_long(struct shared<Z> *s, const floa
 
 /* ---- kernels --------------------------------------------------------------------------------- */
 
-/* Zeroes what a row expects to be zero. */
-template <class Z> static __device__ __forceinline__ void begin_row(struct shared<Z> *s) {
+/* Finds the row and zeroes what its work expects to be zero. */
+template <class Z>
+static __device__ __forceinline__ void begin_row(struct shared<Z> *s, const struct slab *slab,
+                                                 int64_t number) {
+    if (threadIdx.x == 0)
+        s->row = find_row(slab, number);
     zero_hist(s);
     for (int i = threadIdx.x; i < Z::WORDS; i += Z::THREADS)
         s->counter[i] = 0;
@@ -750,12 +763,11 @@ template <class Z> static __device__ __forceinline__ void begin_row(struct share
 }
 
 template <class Z>
-static __device__ __forceinline__ void finish_row(struct shared<Z> *s, const struct problem *p,
-                                                  const struct row *r) {
+static __device__ __forceinline__ void finish_row(struct shared<Z> *s, const struct problem *p) {
     uint32_t n_list = s->n_list;
     if (n_list)
-        order(s, n_list, r->n);
-    write_row(s, p, r, n_list);
+        order(s, n_list);
+    write_row(s, p, n_list);
 }
 
 /* One block, one row. Causal rows grow, so the last comes first. */
@@ -764,15 +776,14 @@ static __global__ void __launch_bounds__(Z::THREADS, PER_SM)
 row_kernel(const __grid_constant__ struct launch l) {
     struct shared<Z> *s = shared_memory<Z>();
     const struct problem *p = &l.slab.p;
-    struct row r = find_row(&l.slab, l.slab.row_end - 1 - blockIdx.x);
-    begin_row(s);
-    if (r.n == 0)
-        ;
-    else if (r.n <= SHORT)
-        feed_short(s, r.score, r.n, p->top_k);
-    else
-        feed_long(s, r.score, r.n, p->top_k);
-    finish_row(s, p, &r);
+    begin_row(s, &l.slab, l.slab.row_end - 1 - blockIdx.x);
+    const float *score = s->row.score;
+    uint32_t n = s->row.n;
+    if (n > SHORT)
+        feed_long(s, score, n, p->top_k);
+    else if (n)
+        feed_short(s, score, n, p->top_k);
+    finish_row(s, p);
 }
 
 /* This block's part of a row: what reaches the threshold goes to its region, raw. */
@@ -825,28 +836,28 @@ split_kernel(const __grid_constant__ struct launch l) {
     struct shared<Z> *s = shared_memory<Z>();
     const struct problem *p = &l.slab.p;
     uint32_t number = blockIdx.x / l.blocks, block = blockIdx.x % l.blocks;
-    struct row r = find_row(&l.slab, l.slab.row_begin + number);
-    if (r.n <= SHORT) {
+    begin_row(s, &l.slab, l.slab.row_begin + number);
+    const float *score = s->row.score;
+    uint32_t n = s->row.n;
+    if (n <= SHORT) {
         if (block)
             return;
-        begin_row(s);
-        if (r.n)
-            feed_short(s, r.score, r.n, p->top_k);
-        finish_row(s, p, &r);
+        if (n)
+            feed_short(s, score, n, p->top_k);
+        finish_row(s, p);
         return;
     }
-    uint32_t part = ((r.n - 1) / l.blocks + 64) / 64 * 64; /* at least n / blocks, rounded up */
-    uint32_t busy = (r.n - 1) / part + 1;
+    uint32_t part = ((n - 1) / l.blocks + 64) / 64 * 64; /* at least n / blocks, rounded up */
+    uint32_t busy = (n - 1) / part + 1;
     if (block >= busy)
         return;
-    uint32_t begin = block * part, end = min(r.n - begin, part) + begin;
+    uint32_t begin = block * part, end = min(n - begin, part) + begin;
     uint64_t *region = l.region + (uint64_t)number * l.blocks * SPLIT_ROOM;
     uint32_t *found = l.found + number * l.blocks;
 
-    begin_row(s);
-    uint32_t edge = sampled_edge(s, r.score, r.n, p->top_k);
+    uint32_t edge = sampled_edge(s, score, n, p->top_k);
     if (edge != KEY_MASKED)
-        filter_part(s, region + block * SPLIT_ROOM, r.score, begin, end, score_of(edge));
+        filter_part(s, region + block * SPLIT_ROOM, score, begin, end, score_of(edge));
     if (threadIdx.x == 0) {
         found[block] = s->n_list;
         __threadfence();
@@ -867,10 +878,10 @@ split_kernel(const __grid_constant__ struct launch l) {
         gather(s, region, found, busy);
     uint32_t n_list = s->n_list;
     if (n_list < (uint32_t)p->top_k || n_list > Z::LIST || s->flag)
-        exact_select<Z>(r.score, r.n, p->top_k);
+        exact_select<Z>(score, n, p->top_k);
     else
         table_from_list(s, n_list, edge);
-    finish_row(s, p, &r);
+    finish_row(s, p);
 }
 
 /* ---- launching ------------------------------------------------------------------------------- */
@@ -882,11 +893,16 @@ enum { SMALL_K = 2048 };
 
 static const int64_t SPLIT_MIN_PART = 4096; /* keys that are worth a block */
 
+/* Blocks that a row of max_key keys can occupy. */
+static int64_t useful_blocks(int64_t max_key) {
+    return (max_key + SPLIT_MIN_PART - 1) / SPLIT_MIN_PART;
+}
+
 /* Blocks per row: 1, or more where rows are so few that they leave the device idle. */
 static uint32_t blocks_per_row(int64_t rows, int64_t max_key, int32_t top_k, int32_t n_sm) {
     if (rows < 1 || max_key <= SHORT || top_k > SMALL_K || rows * 3 > n_sm)
         return 1;
-    int64_t blocks = n_sm / rows, useful = (max_key + SPLIT_MIN_PART - 1) / SPLIT_MIN_PART;
+    int64_t blocks = n_sm / rows, useful = useful_blocks(max_key);
     return (uint32_t)(blocks < useful ? blocks : useful);
 }
 
@@ -898,8 +914,10 @@ static size_t counter_bytes(int32_t n_sm) {
 size_t lidx_topk_scratch(int64_t rows, int64_t max_key, int32_t top_k, int32_t n_sm) {
     if (max_key <= SHORT || top_k > SMALL_K || rows < 1)
         return 0;
-    /* A slab of fewer rows may still be split, into at most n_sm blocks in all. */
-    return 2 * counter_bytes(n_sm) + (size_t)n_sm * SPLIT_ROOM * sizeof(uint64_t);
+    /* Slabs of fewer rows may be split where larger ones are not, but into no more blocks. */
+    int64_t useful = useful_blocks(max_key);
+    int64_t blocks = rows < n_sm / useful ? rows * useful : n_sm;
+    return 2 * counter_bytes(n_sm) + (size_t)blocks * SPLIT_ROOM * sizeof(uint64_t);
 }
 
 template <class Z>
