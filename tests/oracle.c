@@ -19,7 +19,7 @@ struct oracle_row {
     double *score;       /* [visible] */
     unsigned char *flag; /* [visible] */
     double largest;      /* |score| of determined, finite keys */
-    double slack;        /* what flushed denormals may cost any of its keys */
+    float *slack;        /* [visible]: what cancellation and flushed denormals may cost */
     int is_open;         /* some key is */
     int is_exact;        /* all keys are */
     int32_t *best;       /* positions in the contract's order */
@@ -230,13 +230,13 @@ static double relu(double x) {
     return x < 0 ? 0 : x; /* a NaN stays */
 }
 
-/* score of one key, its flags, and in *slack what flushing may cost. */
+/* score of one key, its flags and its slack. */
 static double score_key(const struct vector *query, const struct vector *weights,
-                        const struct vector *key, unsigned char *flag, double *slack) {
+                        const struct vector *key, unsigned char *flag, float *slack) {
     double score = 0, magnitude = 0;
     int open = 0, zero = 1, exact = 1, nan_in = 0;
     int products = query->lowest + key->lowest, terms = products + weights->lowest;
-    *slack = weights->n * 0x1p-126;
+    double flushed = weights->n * 0x1p-126;
     for (int h = 0; h < weights->n; h++) {
         int first = h * key->n;
         struct dot dot = query->is_plain && key->is_plain
@@ -248,7 +248,7 @@ static double score_key(const struct vector *query, const struct vector *weights
         open |= dot.is_open || dot.magnitude > (double)FLT_MAX / 4;
         nan_in |= isnan(w);
         if (isfinite(w))
-            *slack += fabs(w) * (dot.flushed + key->n * 0x1p-126);
+            flushed += fabs(w) * (dot.flushed + key->n * 0x1p-126);
         if (!isfinite(w) || !isfinite(dot.sum) ||
             (w != 0 && dot.magnitude != 0 && !(dot.sum + dot.flushed < -0x1p-20 * dot.magnitude)))
             zero = 0;
@@ -261,6 +261,7 @@ static double score_key(const struct vector *query, const struct vector *weights
     if (!query->is_plain || !key->is_plain || !weights->is_plain || products < -126)
         exact = 0;
     open |= magnitude > (double)FLT_MAX / 4;
+    *slack = open ? 0 : (float)(magnitude * 0x1p-23 + flushed * 1.001);
     for (int d = 0; !key->is_plain && d < key->n; d++)
         nan_in |= isnan(key->value[d]);
     for (int d = 0; !query->is_plain && d < query->n; d++)
@@ -327,17 +328,16 @@ static void score_row(struct oracle_row *row, const struct lidx_args *a, const s
     load_vector(&weights, w, n_heads, a->weights->dtype);
     row->score = malloc(sizeof *row->score * (size_t)row->visible);
     row->flag = malloc((size_t)row->visible);
+    row->slack = malloc(sizeof *row->slack * (size_t)row->visible);
     row->best = malloc(sizeof *row->best * (size_t)row->visible);
     row->is_exact = 1;
     for (int64_t j = 0; j < row->visible; j++) {
-        double slack;
-        row->score[j] = score_key(&query, &weights, &key[j], &row->flag[j], &slack);
+        row->score[j] = score_key(&query, &weights, &key[j], &row->flag[j], &row->slack[j]);
         row->best[j] = (int32_t)j;
         row->is_open |= row->flag[j] & KEY_OPEN;
         row->is_exact &= (row->flag[j] & KEY_EXACT) != 0;
         if (!(row->flag[j] & KEY_OPEN) && isfinite(row->score[j]))
             row->largest = fmax(row->largest, fabs(row->score[j]));
-        row->slack = fmax(row->slack, slack);
     }
     sort_score = row->score;
     qsort(row->best, (size_t)row->visible, sizeof *row->best, before);
@@ -392,6 +392,7 @@ void oracle_free(struct oracle *o) {
     for (int64_t r = 0; r < o->n_rows; r++) {
         free(o->row[r].score);
         free(o->row[r].flag);
+        free(o->row[r].slack);
         free(o->row[r].best);
     }
     for (int64_t b = 0; b < o->n_batch; b++)
@@ -463,26 +464,28 @@ static int check_slots(const struct oracle_row *row, struct answer *a) {
     return 0;
 }
 
-static double tolerance(const struct oracle_row *row, double score) {
-    return fmax(RELATIVE * fabs(score), ABSOLUTE * row->largest) + row->slack;
+/* How far from `score` a number may be that belongs to key j. */
+static double tolerance(const struct oracle_row *row, int32_t j, double score) {
+    return fmax(fmax(RELATIVE * fabs(score), ABSOLUTE * row->largest), row->slack[j]);
 }
 
-/* Equal as scores go, or within the tolerance. */
-static int close_to(const struct oracle_row *row, double x, double score) {
+/* Equal as scores go, or within key j's tolerance. */
+static int close_to(const struct oracle_row *row, int32_t j, double x, double score) {
     if (isnan(x) || isnan(score))
         return isnan(x) && isnan(score);
-    return x == score || fabs(x - score) <= tolerance(row, score);
+    return x == score || fabs(x - score) <= tolerance(row, j, score);
 }
 
 static int check_members(const struct oracle_row *row, const struct answer *a) {
     if (row->is_open || a->n == row->visible)
         return 0;
-    double last = row->score[row->best[a->n - 1]];
+    int32_t kth = row->best[a->n - 1];
+    double last = row->score[kth];
     for (int64_t i = 0; i < row->visible; i++) {
         int32_t j = row->best[i];
         if (a->taken[j] == (i < a->n))
             continue;
-        if (!close_to(row, row->score[j], last))
+        if (!close_to(row, j, row->score[j], last) && !close_to(row, kth, row->score[j], last))
             return wrong(a, "key %d with score %.9g is %s, and the k-th score is %.9g", j,
                          row->score[j], a->taken[j] ? "chosen" : "left out", last);
     }
@@ -497,23 +500,24 @@ static double value_rounding(const struct answer *a, double score) {
                                               : fabs(score) * 0x1p-11 + 0x1p-25;
 }
 
-static int value_fits(const struct oracle_row *row, const struct answer *a, double value,
-                      double score) {
+static int value_fits(const struct oracle_row *row, const struct answer *a, int32_t j,
+                      double value) {
+    double score = row->score[j];
     int is_fp16 = a->value_dtype.bits == 16 && a->value_dtype.code == LIDX_FLOAT;
     if (is_fp16 && fabs(score) > 65400 && isinf(value) && (value > 0) == (score > 0))
         return 1;
     if (a->value_dtype.code == LIDX_BFLOAT && fabs(score) > 3.3e38 && isinf(value))
         return 1;
-    if (close_to(row, value, score))
+    if (close_to(row, j, value, score))
         return 1;
-    return fabs(value - score) <= tolerance(row, score) + value_rounding(a, score);
+    return fabs(value - score) <= tolerance(row, j, score) + value_rounding(a, score);
 }
 
 static int check_values(const struct oracle_row *row, const struct answer *a) {
     for (int i = 0; a->value && i < a->n; i++) {
         int32_t j = a->index[i];
         double value = value_at(a, i), score = row->score[j];
-        if (!(row->flag[j] & KEY_OPEN) && !value_fits(row, a, value, score))
+        if (!(row->flag[j] & KEY_OPEN) && !value_fits(row, a, j, value))
             return wrong(a, "value of slot %d, key %d, is %.9g and its score %.9g", i, j, value,
                          score);
         if ((row->flag[j] & KEY_ZERO) && value != 0)
@@ -536,7 +540,8 @@ static int in_order(const struct oracle_row *row, const struct answer *a, int i)
     if ((row->flag[left] | row->flag[right]) & KEY_OPEN)
         return 1;
     double x = row->score[left], y = row->score[right];
-    return x > y || (isnan(y) && !isnan(x)) || close_to(row, x, y);
+    return x > y || (isnan(y) && !isnan(x)) || close_to(row, left, x, y) ||
+           close_to(row, right, x, y);
 }
 
 static int check_order(const struct oracle_row *row, const struct answer *a) {

@@ -12,8 +12,9 @@
  *     them the lower position comes first and gets in first;
  *   - float32 values must stand in strict order: descending, equal ones by position, NaN last.
  *
- * It asks for less only where fp32 itself leaves the answer open: sums that may overflow, and
- * bf16 denormals, which dot-product instructions take for zero.
+ * It asks for less only where fp32 itself leaves the answer open: sums that cancel to less than a
+ * rounding (2^-23) of the sum of their terms' magnitudes, sums that may overflow, and bf16
+ * denormals, which dot-product instructions take for zero.
  */
 #ifndef LIDX_ORACLE_H
 #define LIDX_ORACLE_H

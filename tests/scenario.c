@@ -624,7 +624,7 @@ static int gaps_intact(const struct rendering *r, int which) {
     int64_t inner = 1, bytes = t->dtype.bits / 8;
     for (int i = 1; i < t->ndim; i++)
         inner *= t->shape[i];
-    for (int64_t i = 0; i + 1 < t->shape[0]; i++)
+    for (int64_t i = 0; i + 1 < t->shape[0] && r->bytes[which]; i++)
         for (int64_t j = (i * r->stride[which][0] + inner) * bytes;
              j < (i + 1) * r->stride[which][0] * bytes; j++)
             if (r->data[which][j] != 0xA5)

@@ -1,0 +1,214 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The plan: each visible (query, key) pair lies in exactly one item, pieces meet the limits and
+ * begin where kernels can begin, slots of cut blocks do not overlap, and walks that skip items
+ * see the same items as a walk over all.
+ */
+#include "test.h"
+
+#include "../src/cpu/plan.h"
+
+enum { MOST_BATCH = 9 };
+
+struct layout {
+    struct problem p;
+    int32_t query_lengths[MOST_BATCH];
+    int32_t key_lengths[MOST_BATCH];
+};
+
+static void random_layout(struct layout *l, struct rng *rng, int64_t most_query, int64_t most_key) {
+    memset(l, 0, sizeof *l);
+    struct problem *p = &l->p;
+    p->sparse_mode = rng_below(rng, 3) ? 3 : 0;
+    p->n_batch = rng_between(rng, 0, MOST_BATCH);
+    p->query_packed = (int32_t)rng_below(rng, 2);
+    p->key_packed = p->query_packed && rng_below(rng, 2);
+    p->query_lengths = l->query_lengths;
+    p->key_lengths = l->key_lengths;
+    p->top_k = 1;
+    int64_t query_sum = 0, key_sum = 0;
+    for (int b = 0; b < p->n_batch; b++) {
+        int64_t n_query = rng_below(rng, 5) ? rng_between(rng, 0, most_query) : 0;
+        int64_t n_key = rng_below(rng, 5) ? rng_between(rng, 0, most_key) : 0;
+        query_sum += n_query;
+        key_sum += n_key;
+        l->query_lengths[b] = (int32_t)(p->query_packed ? query_sum : n_query);
+        l->key_lengths[b] = (int32_t)(p->key_packed ? key_sum : n_key);
+    }
+    p->n_query = p->query_packed ? query_sum + rng_between(rng, 0, 3) : most_query;
+    p->n_key = p->key_packed ? key_sum : most_key;
+}
+
+/* How often each pair of a batch was scored. */
+struct cover {
+    unsigned char *count[MOST_BATCH];
+    struct extent extent[MOST_BATCH];
+};
+
+static void cover_start(struct cover *c, const struct problem *p) {
+    for (int b = 0; b < p->n_batch; b++) {
+        c->extent[b] = lidx_extent(p, b);
+        c->count[b] = calloc((size_t)(c->extent[b].n_query * c->extent[b].n_key) + 1, 1);
+    }
+}
+
+static void cover_add(struct cover *c, const struct problem *p, const struct plan_item *item) {
+    const struct extent *e = &c->extent[item->batch];
+    for (int r = 0; r < item->n_rows; r++) {
+        int64_t visible = lidx_visible(p, e, item->row + r);
+        for (int64_t j = item->key_begin; j < item->key_end && j < visible; j++)
+            c->count[item->batch][(item->row + r) * e->n_key + j]++;
+    }
+}
+
+static void cover_end(struct cover *c, const struct problem *p, const char *what) {
+    int64_t missing = 0, twice = 0, hidden = 0;
+    for (int b = 0; b < p->n_batch; b++) {
+        const struct extent *e = &c->extent[b];
+        for (int64_t i = 0; i < e->n_query; i++)
+            for (int64_t j = 0; j < e->n_key; j++) {
+                int seen = c->count[b][i * e->n_key + j];
+                missing += seen == 0 && j < lidx_visible(p, e, i);
+                twice += seen > 1;
+                hidden += seen > 0 && j >= lidx_visible(p, e, i);
+            }
+        free(c->count[b]);
+    }
+    CHECK(missing == 0 && twice == 0 && hidden == 0,
+          "%s: %lld pairs missing, %lld scored twice, %lld hidden ones scored", what,
+          (long long)missing, (long long)twice, (long long)hidden);
+}
+
+struct tally {
+    int64_t *slot_owner; /* which block uses a slot, + 1 */
+    int64_t blocks;
+    int64_t splits;
+    int64_t last_split;
+};
+
+static void check_item(const struct plan *plan, const struct plan_limits *limits,
+                       const struct plan_item *item, struct tally *t, const char *what) {
+    struct extent e = lidx_extent(plan->p, item->batch);
+    CHECK(item->n_rows >= 1 && item->n_rows <= limits->rows && item->n_rows <= plan->rows,
+          "%s: %d rows", what, item->n_rows);
+    CHECK(item->row >= 0 && item->row + item->n_rows <= e.n_query, "%s: rows out of range", what);
+    CHECK(item->key_begin <= item->key_end && item->key_end <= e.n_key, "%s: keys out of range",
+          what);
+    CHECK(item->key_begin % PLAN_ALIGN == 0 || item->key_begin == item->key_end,
+          "%s: a piece begins at key %lld", what, (long long)item->key_begin);
+    CHECK((item->split >= 0) == (item->n_pieces > 1), "%s: split %lld with %d pieces", what,
+          (long long)item->split, item->n_pieces);
+    if (item->piece == 0)
+        t->blocks++;
+    if (item->n_pieces == 1)
+        return;
+    CHECK(item->key_begin < item->key_end, "%s: an empty piece", what);
+    CHECK(item->split < plan->n_splits, "%s: split %lld of %lld", what, (long long)item->split,
+          (long long)plan->n_splits);
+    for (int r = 0; r < item->n_rows; r++) {
+        int64_t slot = item->slot + (int64_t)item->piece * item->n_rows + r;
+        if (CHECK(slot >= 0 && slot < plan->n_slots, "%s: slot %lld of %lld", what,
+                  (long long)slot, (long long)plan->n_slots))
+            CHECK(t->slot_owner[slot]++ == 0, "%s: slot %lld used twice", what, (long long)slot);
+    }
+}
+
+static int same_item(const struct plan_item *a, const struct plan_item *b) {
+    return a->batch == b->batch && a->row == b->row && a->n_rows == b->n_rows &&
+           a->n_pieces == b->n_pieces && a->piece == b->piece && a->key_begin == b->key_begin &&
+           a->key_end == b->key_end && a->split == b->split && a->slot == b->slot;
+}
+
+static void check_plan(const struct problem *p, struct rng *rng, const char *what) {
+    struct plan_limits limits = {(int)rng_between(rng, 1, 40), (int)rng_between(rng, 1, PLAN_ROWS),
+                                 rng_below(rng, 4) ? rng_between(rng, 2, 400) : 0};
+    struct plan plan;
+    struct plan_cursor all, some;
+    struct cover cover;
+    lidx_plan_build(&plan, p, &limits);
+    struct tally tally = {calloc((size_t)plan.n_slots + 1, sizeof(int64_t)), 0, 0, -1};
+    CHECK(plan.n_slots <= limits.slots, "%s: %lld slots of %lld", what, (long long)plan.n_slots,
+          (long long)limits.slots);
+    cover_start(&cover, p);
+    lidx_plan_start(&all, &plan);
+    lidx_plan_start(&some, &plan);
+    for (int64_t i = 0; i < plan.n_items; i++) {
+        struct plan_item item, again;
+        lidx_plan_seek(&all, i, &item);
+        check_item(&plan, &limits, &item, &tally, what);
+        cover_add(&cover, p, &item);
+        if (rng_below(rng, 3) == 0) {
+            lidx_plan_seek(&some, i, &again);
+            CHECK(same_item(&item, &again), "%s: item %lld depends on the walk", what,
+                  (long long)i);
+        }
+    }
+    cover_end(&cover, p, what);
+    int64_t rows = 0;
+    for (int b = 0; b < p->n_batch; b++)
+        rows += (lidx_extent(p, b).n_query + plan.rows - 1) / plan.rows;
+    CHECK_INT(tally.blocks, rows, what);
+    free(tally.slot_owner);
+}
+
+/* Rows without keys still need an item, which writes their -1. */
+static void check_empty_rows(void) {
+    struct rng rng = rng_seed(3);
+    struct layout l;
+    random_layout(&l, &rng, 8, 0);
+    l.p.n_batch = 3;
+    l.p.query_packed = l.p.key_packed = 0;
+    l.p.n_query = 8;
+    for (int b = 0; b < 3; b++) {
+        l.query_lengths[b] = 8;
+        l.key_lengths[b] = 0;
+    }
+    check_plan(&l.p, &rng, "rows without keys");
+}
+
+/* Sizes near the limits of the interface: arithmetic only, nothing is scored. */
+static void check_large(void) {
+    const struct plan_limits limits = {1024, PLAN_ROWS, 4096};
+    int32_t query_length = 1, key_length = INT32_MAX;
+    struct problem p = {.n_batch = 1,
+                        .n_query = 1,
+                        .n_key = INT32_MAX,
+                        .sparse_mode = 3,
+                        .query_lengths = &query_length,
+                        .key_lengths = &key_length};
+    struct plan plan;
+    struct plan_cursor cursor;
+    struct plan_item item;
+    lidx_plan_build(&plan, &p, &limits);
+    CHECK(plan.n_items >= 1024, "a row of 2^31 - 1 keys makes %lld items", (long long)plan.n_items);
+    int64_t at = 0;
+    lidx_plan_start(&cursor, &plan);
+    for (int64_t i = 0; i < plan.n_items; i++) {
+        lidx_plan_seek(&cursor, i, &item);
+        CHECK_INT(item.key_begin, at, "pieces follow each other");
+        at = item.key_end;
+    }
+    CHECK_INT(at, INT32_MAX, "the last piece ends with the keys");
+    p.sparse_mode = 0;
+    p.n_query = query_length = 1 << 20;
+    lidx_plan_build(&plan, &p, &limits);
+    CHECK(plan.n_items >= (1 << 20) / PLAN_ROWS, "2^20 rows make %lld items",
+          (long long)plan.n_items);
+}
+
+int main(void) {
+    const char *text = getenv("LIDX_TEST_CASES");
+    long cases = text ? atol(text) : 2000;
+    for (long c = 0; c < cases; c++) {
+        struct rng rng = rng_seed((uint64_t)c + 1);
+        struct layout l;
+        char what[64];
+        int64_t most_key = rng_below(&rng, 2) ? 3000 : 100;
+        random_layout(&l, &rng, rng_below(&rng, 2) ? 40 : 1, most_key);
+        snprintf(what, sizeof what, "plan %ld", c);
+        check_plan(&l.p, &rng, what);
+    }
+    check_empty_rows();
+    check_large();
+    return test_end();
+}

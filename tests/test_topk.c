@@ -1,0 +1,216 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The selection against a plain sort of all scores: adversarial streams, every k, the vector forms
+ * of its loops against the portable ones, and merges of partial answers.
+ */
+#include "test.h"
+
+#include "../src/cpu/features.h"
+#include "../src/cpu/kernels.h"
+#include "../src/cpu/topk.h"
+
+enum stream {
+    RANDOM,
+    ZEROS,
+    FEW_LEVELS,
+    CROWDED,   /* +100 and a little */
+    TINY,      /* 1e-8 */
+    DENORMALS,
+    RISING,
+    FALLING,
+    SAWTOOTH,
+    EQUAL,
+    ANY_BITS,  /* inf, NaN, -0 and all */
+    NEARLY_EQUAL,
+    LAST_WINS, /* all equal but the last few */
+    NEGATIVE,
+    STREAMS
+};
+
+static float sample(enum stream stream, struct rng *rng, int i, int n) {
+    switch (stream) {
+    case ZEROS:
+        return rng_below(rng, 2) ? -0.0f : 0.0f;
+    case FEW_LEVELS:
+        return (float)rng_between(rng, -2, 2);
+    case CROWDED:
+        return 100.0f + rng_normal(rng) * 1e-4f;
+    case TINY:
+        return rng_normal(rng) * 1e-8f;
+    case DENORMALS:
+        return test_float_from_bits((uint32_t)rng_below(rng, 3000) | (i % 3 ? 0 : 0x80000000u));
+    case RISING:
+        return (float)i;
+    case FALLING:
+        return (float)(n - i);
+    case SAWTOOTH:
+        return (float)(i % 37) - (float)(i % 5) * 0.25f;
+    case EQUAL:
+        return 3.25f;
+    case ANY_BITS:
+        return test_float_from_bits((uint32_t)rng_next(rng));
+    case NEARLY_EQUAL:
+        return test_float_from_bits(0x42C80000u + (uint32_t)rng_below(rng, 3));
+    case LAST_WINS:
+        return i >= n - 3 ? 2.0f + (float)i : 1.0f;
+    case NEGATIVE:
+        return -fabsf(rng_normal(rng));
+    default:
+        return rng_normal(rng);
+    }
+}
+
+static const float *order_score;
+
+static int before(const void *left, const void *right) {
+    int32_t a = *(const int32_t *)left, b = *(const int32_t *)right;
+    float x = order_score[a], y = order_score[b];
+    if (isnan(x) || isnan(y))
+        return isnan(x) == isnan(y) ? (a < b ? -1 : 1) : isnan(x) ? 1 : -1;
+    return x > y ? -1 : x < y ? 1 : a < b ? -1 : 1;
+}
+
+/* The first n positions in the contract's order. */
+static int32_t *sorted(const float *score, int n, int32_t offset) {
+    int32_t *order = malloc(sizeof *order * (size_t)(n + 1));
+    for (int i = 0; i < n; i++)
+        order[i] = i;
+    order_score = score;
+    qsort(order, (size_t)n, sizeof *order, before);
+    for (int i = 0; i < n; i++)
+        order[i] += offset;
+    return order;
+}
+
+struct input {
+    float *score;
+    int32_t *order;
+    int n;
+    int32_t offset; /* position of the first score */
+};
+
+static void push_range(struct topk *t, const struct input *in, int begin, int end, struct rng *rng) {
+    while (begin < end) {
+        int n = (int)rng_between(rng, 1, TOPK_STEP);
+        n = n < end - begin ? n : end - begin;
+        lidx_topk_push(t, in->score + begin, n, in->offset + begin);
+        begin += n;
+    }
+}
+
+static int same_number(float a, float b) {
+    return (isnan(a) && isnan(b)) || a == b;
+}
+
+static void check_answer(const struct topk *t, const struct input *in, int k, const char *what) {
+    int n = in->n < k ? in->n : k;
+    if (!CHECK(t->n == n, "%s: %d of %d entries", what, t->n, n))
+        return;
+    for (int i = 0; i < n; i++) {
+        int32_t position = lidx_topk_position(t->entry[i]);
+        float score = in->score[in->order[i] - in->offset];
+        if (!CHECK(position == in->order[i], "%s: entry %d is %d, it should be %d", what, i,
+                   position, in->order[i]) ||
+            !CHECK(same_number(lidx_topk_score(t->entry[i]), score), "%s: score %g became %g", what,
+                   (double)score, (double)lidx_topk_score(t->entry[i])))
+            return;
+    }
+}
+
+static struct guard entries(int k) {
+    return guard_after(sizeof(uint64_t) * (size_t)lidx_topk_capacity(k));
+}
+
+/* One stream in one go. */
+static void check_stream(const struct input *in, int k, const struct topk_loops *loops,
+                         struct rng *rng, const char *what) {
+    struct guard memory = entries(k);
+    struct topk t;
+    lidx_topk_reset(&t, k, (uint64_t *)(void *)memory.data, loops);
+    push_range(&t, in, 0, in->n, rng);
+    lidx_topk_sort(&t);
+    check_answer(&t, in, k, what);
+    guard_free(&memory);
+}
+
+/* The stream in pieces, each selected alone, merged in any order. */
+static void check_merge(const struct input *in, int k, const struct topk_loops *loops,
+                        struct rng *rng, const char *what) {
+    enum { PIECES = 5 };
+    struct guard memory = entries(k), piece[PIECES];
+    struct topk part[PIECES], t;
+    int begin = 0;
+    for (int i = 0; i < PIECES; i++) {
+        int end = i == PIECES - 1 ? in->n : (int)rng_between(rng, begin, in->n);
+        piece[i] = entries(k);
+        lidx_topk_reset(&part[i], k, (uint64_t *)(void *)piece[i].data, loops);
+        push_range(&part[i], in, begin, end, rng);
+        lidx_topk_select(&part[i]);
+        CHECK(part[i].n == (end - begin < k ? end - begin : k), "%s: piece keeps %d", what,
+              part[i].n);
+        begin = end;
+    }
+    lidx_topk_reset(&t, k, (uint64_t *)(void *)memory.data, loops);
+    int first = (int)rng_below(rng, PIECES);
+    for (int i = 0; i < PIECES; i++) {
+        const struct topk *p = &part[(first + i * 2) % PIECES];
+        lidx_topk_merge(&t, p->entry, p->n);
+    }
+    lidx_topk_sort(&t);
+    check_answer(&t, in, k, what);
+    for (int i = 0; i < PIECES; i++)
+        guard_free(&piece[i]);
+    guard_free(&memory);
+}
+
+static int pick_k(struct rng *rng, int n) {
+    switch (rng_below(rng, 7)) {
+    case 0:
+        return n ? n : 1;
+    case 1:
+        return n + 1;
+    case 2:
+        return n > 1 ? n - 1 : 1;
+    case 3:
+        return (int)rng_between(rng, 1, 8192);
+    case 4:
+        return 1;
+    default:
+        return (int)rng_between(rng, 1, 300);
+    }
+}
+
+static void run_case(long number, const struct topk_loops *loops, const char *loops_name) {
+    struct rng rng = rng_seed((uint64_t)number + 1);
+    enum stream stream = (enum stream)rng_below(&rng, STREAMS);
+    struct input in;
+    char what[96];
+    in.n = (int)rng_between(&rng, 0, rng_below(&rng, 4) ? 2500 : 30000);
+    in.offset = rng_below(&rng, 8) ? 0 : INT32_MAX - in.n;
+    in.score = malloc(sizeof *in.score * (size_t)(in.n + 1));
+    for (int i = 0; i < in.n; i++)
+        in.score[i] = sample(stream, &rng, i, in.n);
+    in.order = sorted(in.score, in.n, in.offset);
+    int k = pick_k(&rng, in.n);
+    k = k > 8192 ? 8192 : k;
+    snprintf(what, sizeof what, "case %ld, %s loops, stream %d, n %d, k %d", number, loops_name,
+             (int)stream, in.n, k);
+    check_stream(&in, k, loops, &rng, what);
+    check_merge(&in, k, loops, &rng, what);
+    free(in.score);
+    free(in.order);
+}
+
+int main(void) {
+    const char *text = getenv("LIDX_TEST_CASES");
+    long cases = text ? atol(text) : 2000;
+    for (long number = 0; number < cases; number++) {
+        run_case(number, &lidx_topk_portable, "portable");
+        for (int i = 0; lidx_kernels[i]; i++)
+            if (lidx_kernels[i]->topk && lidx_kernel_usable(lidx_kernels[i]) &&
+                (i == 0 || lidx_kernels[i]->topk != lidx_kernels[i - 1]->topk ||
+                 !lidx_kernel_usable(lidx_kernels[i - 1])))
+                run_case(number, lidx_kernels[i]->topk, lidx_kernels[i]->name);
+    }
+    return test_end();
+}
