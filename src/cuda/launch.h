@@ -33,7 +33,7 @@ struct slab {
     void *scratch;         /* the selection's own, see lidx_topk_scratch */
     int32_t n_sm;          /* multiprocessors of the device */
     int32_t compute;       /* compute capability, 90 for 9.0 */
-    int32_t first;         /* this is the run's first slab: count errors now and only now */
+    int32_t first;         /* this is the run's first slab */
 };
 
 LIDX_INLINE int64_t lidx_rows(const struct problem *p) {
@@ -54,6 +54,10 @@ int lidx_launch_score_smxx(const struct slab *s, void *stream);
  * pointers that TMA can address); the answer depends on the problem alone, never on lengths. */
 int lidx_score_sm90_accepts(const struct problem *p);
 int lidx_launch_score_sm90(const struct slab *s, void *stream);
+
+/* Adds to p.error_word, if there is one, how many lengths of the whole problem were out of range
+ * and how many visible pages had an id out of range. Once a run; score kernels only clamp. */
+int lidx_launch_count(const struct slab *s, void *stream);
 
 /* Orders and writes every output row of the slab: indices, and values if asked for. */
 int lidx_launch_topk(const struct slab *s, void *stream);

@@ -1,0 +1,706 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Scores on any GPU from SM80 on, by the matrix instruction that all of them have (m16n8k16).
+ *
+ * Work. Keys are the rows of a product (M), the heads of queries its columns (N). A warp owns 64
+ * columns: one query of 64 heads, 2 of 32, 4 of 16, 8 of 8 (other head counts are padded with
+ * heads that count nothing), or half a query of more than 64. It holds their 64 x D elements in
+ * registers for as long as it stays with them, so keys are all that the inner loop reads:
+ *
+ *     registers per thread, D 128     columns 128 | sums of 32 keys x 64 columns 64 |
+ *                                     keys of two k-steps 16 | the rest about 40
+ *
+ * A block is 8 warps; an item of work is the block of queries that they hold (8 groups of 64
+ * columns) against a run of keys, found by schedule.h from lengths on the device. Keys stream
+ * through a ring of slots of 32 in shared memory. All warps fill each slot together. With 8
+ * groups every warp reads every slot; with fewer (decode has 1 or 2) the slots are dealt out:
+ * a warp reads every 8th, 4th or 2nd. Barriers in shared memory count a slot's arrivals, so that
+ * warps may be several slots apart and one warp's sums hide behind another's products.
+ *
+ * Order of summation, the same for a pair of query and key whatever else is in the launch:
+ * products by the instruction over k-steps in order; heads within a thread in ascending order
+ * (a thread has heads 8n + 2l and 8n + 2l + 1 in lane l of a quad); then (l0 + l1) + (l2 + l3);
+ * for more than 64 heads, lower half + upper half.
+ *
+ * The elements of a head are permuted alike for queries and keys: in a pair of k-steps lane l of
+ * a quad has the 8 neighbours 32t + 8l + {0..7}, so that one 16-byte load serves two steps. A dot
+ * product does not mind.
+ */
+#include <cuda_runtime.h>
+
+#include "device.cuh"
+#include "launch.h"
+#include "schedule.h"
+
+enum {
+    WARPS = 8,
+    THREADS = 32 * WARPS,
+    SLOT_KEYS = 32,
+    COLUMNS = 64,          /* of a warp */
+    COLUMN_TILES = 8,      /* of 8 columns */
+    SLOTS_MAX = 24,
+    SLOTS_MIN = 12,
+    SLOT_SLACK = WARPS,    /* slots not filled ahead, so that no warp waits for its neighbour */
+    SWITCH_CHARGE = 2,     /* tiles of 64 keys that changing queries costs */
+    PAGE_SHIFT = 36,
+};
+
+/* What a launch adds to the slab. */
+struct plan {
+    struct line line;
+    uint64_t page_magic; /* key / page_size = (key / 16 * page_magic) >> PAGE_SHIFT */
+    int32_t n_slots;
+    int32_t head_shift;  /* log2 of the columns of a query, up to 6 */
+    int32_t split;       /* a query has two groups of 64 columns */
+};
+
+/* One item, as every thread of the block sees it. */
+struct item {
+    const unsigned char *keys; /* key 0 of the batch; page 0 of the cache when paged */
+    const int32_t *table;      /* the batch's pages */
+    const unsigned char *query;
+    const unsigned char *weights;
+    float *out;            /* row of the first query, key 0 */
+    int32_t rows;          /* queries */
+    int32_t visible;       /* keys that the first query sees; may be negative */
+    int32_t visible_step;  /* how many more each next one sees */
+    int32_t last_visible;  /* what the last query sees: keys beyond are not touched */
+    int32_t slot_begin;
+    int32_t slot_end;
+};
+
+/* Where a warp's scores go. */
+struct sink {
+    float *out;            /* row of the group's first query, key 0 */
+    int64_t row_stride;
+    int32_t rows;          /* queries of the group that exist */
+    int32_t visible;       /* keys that its first query sees; may be negative */
+    int32_t visible_step;  /* how many more each next one sees */
+};
+
+/* A warp's way along its block's run: where the next item begins, once it is known which. */
+struct walk {
+    int64_t begin; /* places of the line */
+    int64_t end;
+    int64_t at;
+    int64_t batch;
+    int32_t number; /* of the item in the batch; -1: not known yet, `at` is where the batch begins */
+};
+
+/* Shared memory behind the ring. */
+struct shared_state {
+    uint64_t full[SLOTS_MAX];
+    uint64_t empty[SLOTS_MAX];
+    struct item item[WARPS]; /* a copy a warp, since warps are not in step */
+    struct sink sink[WARPS];
+    float2 weights[WARPS][COLUMN_TILES][4]; /* of columns 8n + 2l + {0, 1} */
+    float upper_half[2][WARPS / 2][32];
+    int64_t warp_total[WARPS];
+    struct walk walk[WARPS];
+};
+
+/* Place in the ring of the n-th slot that the block has used. */
+struct ring {
+    uint32_t slot;
+    uint32_t parity; /* of the round */
+};
+
+static __device__ __forceinline__ void advance(struct ring *r, int32_t n_slots) {
+    if (++r->slot == (uint32_t)n_slots) {
+        r->slot = 0;
+        r->parity ^= 1;
+    }
+}
+
+/* ---- which item ------------------------------------------------------------------------------ */
+
+/* Sum over the warps of the block of the sums over their lanes; x becomes the sum of the threads
+ * before this one. */
+static __device__ int64_t block_scan(struct shared_state *state, int64_t *x) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int64_t inclusive = *x;
+    for (int d = 1; d < 32; d *= 2) {
+        int64_t other = __shfl_up_sync(~0u, inclusive, d);
+        if (lane >= d)
+            inclusive += other;
+    }
+    __syncthreads();
+    if (lane == 31)
+        state->warp_total[warp] = inclusive;
+    __syncthreads();
+    int64_t before = 0, total = 0;
+    for (int w = 0; w < WARPS; w++) {
+        if (w == warp)
+            before = total;
+        total += state->warp_total[w];
+    }
+    *x = before + inclusive - *x;
+    return total;
+}
+
+static __device__ int64_t batch_places(const struct problem *p, const struct line *line,
+                                       int64_t b) {
+    if (b >= p->n_batch)
+        return 0;
+    struct batch_part part = part_of_batch(p, line, b);
+    return places_before(p, line, &part, part.n_items);
+}
+
+/* Sets the walk of every warp to this block's run of the line. */
+static __device__ void find_run(const struct problem *p, const struct line *line,
+                                struct shared_state *state) {
+    int64_t total = 0;
+    for (int64_t b = threadIdx.x; b < p->n_batch; b += THREADS)
+        total += batch_places(p, line, b);
+    total = block_scan(state, &total);
+    int64_t begin = run_begin(total, blockIdx.x, gridDim.x);
+    int64_t end = run_begin(total, blockIdx.x + 1, gridDim.x);
+    int64_t before = 0;
+    for (int64_t b = threadIdx.x; before <= begin && begin < end; b += THREADS) {
+        int64_t places = batch_places(p, line, b), at = places;
+        int64_t all = block_scan(state, &at);
+        at += before;
+        before += all;
+        if (at <= begin && begin < at + places)
+            for (int w = 0; w < WARPS; w++)
+                state->walk[w] = {begin, end, at, b, -1};
+    }
+    if (begin == end && threadIdx.x < WARPS)
+        state->walk[threadIdx.x] = {begin, end, end, p->n_batch, -1};
+    __syncthreads();
+}
+
+static __device__ __forceinline__ struct item make_item(const struct slab *s,
+                                                        const struct line *line,
+                                                        const struct batch_part *part,
+                                                        int64_t batch, int32_t number,
+                                                        int32_t tile_begin, int32_t tile_end) {
+    const struct problem *p = &s->p;
+    int32_t first = part->first + (number << line->block_shift);
+    int32_t left = part->last - first, most = 1 << line->block_shift;
+    struct item item;
+    item.rows = left < most ? left : most;
+    item.visible_step = p->sparse_mode != 0;
+    item.visible = p->sparse_mode != 0 ? part->n_key - part->n_query + first + 1 : part->n_key;
+    item.last_visible = part_visible(p, part, first + item.rows - 1);
+    item.slot_begin = tile_begin * (TILE_KEYS / SLOT_KEYS);
+    int32_t slots = (int32_t)(((uint32_t)item.last_visible + SLOT_KEYS - 1) / SLOT_KEYS);
+    item.slot_end = tile_end * (TILE_KEYS / SLOT_KEYS);
+    item.slot_end = slots < item.slot_end ? slots : item.slot_end;
+
+    int64_t key_row = p->head_dim * 2, query_row = key_row * p->n_heads;
+    item.keys = (const unsigned char *)p->key;
+    if (!p->page_size)
+        item.keys += batch * p->key_batch_stride + part->key_begin * key_row;
+    item.table =
+        (const int32_t *)((const unsigned char *)p->page_table + batch * p->page_table_stride);
+    int64_t query = (int64_t)part->query_begin + first;
+    item.query =
+        (const unsigned char *)p->query + batch * p->query_batch_stride + query * query_row;
+    item.weights = (const unsigned char *)p->weights + batch * p->weights_batch_stride +
+                   query * p->n_heads * (p->weights_dtype == DTYPE_F32 ? 4 : 2);
+    int64_t row = (p->query_packed ? part->query_begin : batch * p->n_query) + first;
+    item.out = s->scores + (row - s->row_begin) * s->scores_stride;
+    return item;
+}
+
+/* The next item of the run; false at its end. */
+static __device__ __forceinline__ bool next_item(const struct slab *s, const struct line *line,
+                                                 struct walk *walk, struct item *item) {
+    const struct problem *p = &s->p;
+    for (; walk->at < walk->end && walk->batch < p->n_batch; walk->batch++, walk->number = -1) {
+        struct batch_part part = part_of_batch(p, line, walk->batch);
+        if (walk->number < 0 && part.n_items > 0) {
+            int64_t in = walk->begin - walk->at;
+            walk->number = in > 0 ? item_at(p, line, &part, in) : 0;
+            walk->at += places_before(p, line, &part, walk->number);
+        }
+        while (walk->number < part.n_items && walk->at < walk->end) {
+            int32_t number = walk->number++;
+            int64_t first = walk->begin - walk->at - line->charge;
+            int64_t last = walk->end - walk->at - line->charge;
+            int32_t tiles = item_tiles(p, line, &part, number);
+            int32_t tile_begin = first > 0 ? (int32_t)first : 0;
+            int32_t tile_end = last < tiles ? (int32_t)last : tiles;
+            walk->at += item_places(p, line, &part, number);
+            if (tile_begin < tile_end) {
+                *item = make_item(s, line, &part, walk->batch, number, tile_begin, tile_end);
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+/* ---- keys: global memory to the ring --------------------------------------------------------- */
+
+static __device__ __forceinline__ int32_t page_of(int32_t key, uint64_t magic) {
+    return (int32_t)(((uint64_t)((uint32_t)key / 16) * magic) >> PAGE_SHIFT);
+}
+
+/* 16 bytes from an address that is aligned to 2. */
+static __device__ __forceinline__ uint4 load_global_halves(const unsigned char *source) {
+    const uint16_t *h = (const uint16_t *)source;
+    uint4 x;
+    x.x = h[0] | (uint32_t)h[1] << 16;
+    x.y = h[2] | (uint32_t)h[3] << 16;
+    x.z = h[4] | (uint32_t)h[5] << 16;
+    x.w = h[6] | (uint32_t)h[7] << 16;
+    return x;
+}
+
+/* Row r of a slot is at r * row bytes; its 16-byte chunk c is at c ^ 4 in odd rows, so that the 8
+ * lanes that a 16-byte read serves at once (2 rows x 4 chunks) meet all 32 banks. A slot's rows
+ * 4w .. 4w + 3 are warp w's to fill, and lie on one page, pages being multiples of 16 keys. */
+template <int D, bool ALIGNED>
+static __device__ __forceinline__ void fill_slot(const struct slab *s, const struct plan *plan,
+                                                 const struct item *item, int32_t slot_number,
+                                                 uint32_t slot_address, uint32_t full) {
+    constexpr int CHUNKS = D / 8, ROWS_AT_ONCE = 32 / CHUNKS, WARP_ROWS = SLOT_KEYS / WARPS;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int32_t key = slot_number * SLOT_KEYS + warp * WARP_ROWS;
+    const struct problem *p = &s->p;
+    const unsigned char *source = item->keys;
+    int32_t row = key;
+    bool there = key < item->last_visible;
+    if (p->page_size && there) {
+        int32_t page = page_of(key, plan->page_magic);
+        int32_t id = item->table[page];
+        row = key - page * p->page_size;
+        there = (uint32_t)id < (uint64_t)p->n_pages && id >= 0;
+        source += id * p->key_batch_stride;
+    }
+    if (there) {
+        int in = lane / CHUNKS, chunk = lane % CHUNKS;
+        source += (int64_t)(row + in) * (D * 2) + chunk * 16;
+        uint32_t to = slot_address + (warp * WARP_ROWS + in) * (D * 2) + (chunk ^ (in & 1) * 4) * 16;
+#pragma unroll
+        for (int r = 0; r < WARP_ROWS; r += ROWS_AT_ONCE) {
+            if (key + in + r < item->last_visible) {
+                if (ALIGNED)
+                    copy_async_16(to + r * D * 2, source + r * D * 2);
+                else
+                    store_shared_16(to + r * D * 2, load_global_halves(source + r * D * 2));
+            }
+        }
+    }
+    if (ALIGNED)
+        mbarrier_arrive_after_copies(full);
+    else
+        mbarrier_arrive(full);
+}
+
+/* ---- queries and weights: global memory to registers ----------------------------------------- */
+
+/* Column c of group g: query and head within the item. */
+static __device__ __forceinline__ void column_place(const struct plan *plan, int group, int column,
+                                                    int *query, int *head) {
+    if (plan->split) {
+        *query = group / 2;
+        *head = group % 2 * COLUMNS + column;
+    } else {
+        int c = group * COLUMNS + column;
+        *query = c >> plan->head_shift;
+        *head = c & ((1 << plan->head_shift) - 1);
+    }
+}
+
+template <int D, bool ALIGNED>
+static __device__ __forceinline__ void load_columns(const struct slab *s, const struct plan *plan,
+                                                    const struct item *item, int group,
+                                                    uint32_t (&b)[COLUMN_TILES][D / 16][2]) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < COLUMN_TILES; n++) {
+        int query, head;
+        column_place(plan, group, 8 * n + lane / 4, &query, &head);
+        bool there = query < item->rows && head < s->p.n_heads;
+        const unsigned char *source =
+            item->query + (query * s->p.n_heads + head) * (D * 2) + lane % 4 * 16;
+#pragma unroll
+        for (int t = 0; t < D / 32; t++) {
+            uint4 x = make_uint4(0, 0, 0, 0);
+            if (there)
+                x = ALIGNED ? *(const uint4 *)(source + t * 64)
+                            : load_global_halves(source + t * 64);
+            b[n][2 * t][0] = x.x;
+            b[n][2 * t][1] = x.y;
+            b[n][2 * t + 1][0] = x.z;
+            b[n][2 * t + 1][1] = x.w;
+        }
+    }
+}
+
+static __device__ __forceinline__ float load_weight(const unsigned char *weights, int i,
+                                                    int dtype) {
+    if (dtype == DTYPE_F32)
+        return ((const float *)weights)[i];
+    if (dtype == DTYPE_FP16)
+        return __half2float(((const __half *)weights)[i]);
+    return __bfloat162float(((const __nv_bfloat16 *)weights)[i]);
+}
+
+/* The weights of a warp's columns, in order; 0 where there is no head. */
+static __device__ __forceinline__ void load_weights(const struct slab *s, const struct plan *plan,
+                                                    const struct item *item, int group, float *w) {
+    for (int c = threadIdx.x % 32; c < COLUMNS; c += 32) {
+        int query, head;
+        column_place(plan, group, c, &query, &head);
+        w[c] = 0;
+        if (query < item->rows && head < s->p.n_heads)
+            w[c] = load_weight(item->weights, query * s->p.n_heads + head, s->p.weights_dtype);
+    }
+    __syncwarp();
+}
+
+/* ---- products and sums ----------------------------------------------------------------------- */
+
+/* sums[m][n]: rows 16m + lane / 4 (+ 8 for elements 2, 3), columns 8n + lane % 4 * 2 + {0, 1}. */
+template <typename T, int D>
+static __device__ __forceinline__ void multiply_slot(float (&sums)[2][COLUMN_TILES][4],
+                                                     const uint32_t (&b)[COLUMN_TILES][D / 16][2],
+                                                     uint32_t slot_address) {
+    int lane = threadIdx.x % 32, odd = lane / 4 & 1;
+    uint32_t from = slot_address + lane / 4 * (D * 2) + lane % 4 * 16;
+    const float zero[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int t = 0; t < D / 32; t++) {
+        uint32_t at = from + t * 64 + (t % 2 ? -64 : 64) * odd;
+        uint4 x[4];
+#pragma unroll
+        for (int m = 0; m < 4; m++)
+            x[m] = load_shared_16(at + m * 8 * D * 2);
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+            const uint32_t even_step[4] = {x[2 * m].x, x[2 * m + 1].x, x[2 * m].y, x[2 * m + 1].y};
+            const uint32_t odd_step[4] = {x[2 * m].z, x[2 * m + 1].z, x[2 * m].w, x[2 * m + 1].w};
+#pragma unroll
+            for (int n = 0; n < COLUMN_TILES; n++)
+                if (t == 0)
+                    matrix_multiply<T>(sums[m][n], even_step, b[n][2 * t], zero);
+                else
+                    matrix_multiply<T>(sums[m][n], even_step, b[n][2 * t], sums[m][n]);
+#pragma unroll
+            for (int n = 0; n < COLUMN_TILES; n++)
+                matrix_multiply<T>(sums[m][n], odd_step, b[n][2 * t + 1], sums[m][n]);
+        }
+    }
+}
+
+/* Each lane of a quad has a part of four sums. Lane l returns the whole of sum [l & 1][l >> 1]. */
+static __device__ __forceinline__ float quad_sum(const float (&part)[2][2]) {
+    int lane = threadIdx.x % 32;
+    bool upper = lane & 1, right = lane & 2;
+    float kept[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float other = __shfl_xor_sync(~0u, upper ? part[0][i] : part[1][i], 1);
+        kept[i] = (upper ? part[1][i] : part[0][i]) + other;
+    }
+    float other = __shfl_xor_sync(~0u, right ? kept[0] : kept[1], 2);
+    return (right ? kept[1] : kept[0]) + other;
+}
+
+/* Weighted sum over the heads of one query, TILES column tiles from `first`, for the key of
+ * lane_key(). PADDED: bit 2n + i of `heads` says whether column tile n's column i is a head. The
+ * product of a pad head is not always 0, since 0 * inf is NaN. */
+template <int TILES, bool PADDED>
+static __device__ __forceinline__ float head_sum(const float (&sums)[2][COLUMN_TILES][4],
+                                                 const float2 (*w)[4], int first,
+                                                 uint32_t heads) {
+    float part[2][2] = {{0, 0}, {0, 0}};
+#pragma unroll
+    for (int n = first; n < first + TILES; n++) {
+        float2 pair = w[n][threadIdx.x % 4];
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int m = 0; m < 2; m++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    float x = relu_keep_nan(sums[m][n][2 * half + i]);
+                    if (PADDED)
+                        x = heads >> (2 * n + i) & 1 ? x : 0;
+                    part[m][half] = fmaf(i ? pair.y : pair.x, x, part[m][half]);
+                }
+    }
+    return quad_sum(part);
+}
+
+/* The key of its slot whose score a lane has after quad_sum. */
+static __device__ __forceinline__ int lane_key() {
+    int lane = threadIdx.x % 32;
+    return (lane & 1) * 16 + (lane >> 1 & 1) * 8 + lane / 4;
+}
+
+template <int TILES, bool PADDED>
+static __device__ __forceinline__ void store_scores(const float (&sums)[2][COLUMN_TILES][4],
+                                                    const float2 (*w)[4],
+                                                    const struct sink *sink, uint32_t heads, int32_t key,
+                                                    bool masked) {
+    float *out = sink->out + key;
+#pragma unroll
+    for (int q = 0; q < COLUMN_TILES / TILES; q++) {
+        float score = head_sum<TILES, PADDED>(sums, w, q * TILES, heads);
+        if (q < sink->rows && key < sink->visible + q * sink->visible_step)
+            *(uint32_t *)out = masked ? SCORE_MASKED : __float_as_uint(score);
+        out += sink->row_stride;
+    }
+}
+
+/* More than 64 heads: warps 2i and 2i + 1 have the lower and the upper of one query. */
+template <bool PADDED>
+static __device__ __forceinline__ void store_split(struct shared_state *state,
+                                                   const float (&sums)[2][COLUMN_TILES][4],
+                                                   const float2 (*w)[4],
+                                                   const struct sink *sink, uint32_t heads, int32_t key,
+                                                   bool masked, int turn) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float score = head_sum<COLUMN_TILES, PADDED>(sums, w, 0, heads);
+    float *half = &state->upper_half[turn][warp / 2][lane];
+    if (warp % 2)
+        *half = score;
+    named_barrier(1 + warp / 2, 64);
+    if (warp % 2 == 0 && sink->rows > 0 && key < sink->visible)
+        *(uint32_t *)(sink->out + key) = masked ? SCORE_MASKED : __float_as_uint(score + *half);
+}
+
+template <bool PADDED>
+static __device__ __forceinline__ void sink_slot(const struct plan *plan,
+                                                 struct shared_state *state,
+                                                 const float (&sums)[2][COLUMN_TILES][4],
+                                                 const float2 (*w)[4],
+                                                 const struct sink *sink, uint32_t heads, int32_t key,
+                                                 bool masked, int turn) {
+    if (plan->split)
+        store_split<PADDED>(state, sums, w, sink, heads, key, masked, turn);
+    else if (plan->head_shift == 6)
+        store_scores<8, PADDED>(sums, w, sink, heads, key, masked);
+    else if (plan->head_shift == 5)
+        store_scores<4, PADDED>(sums, w, sink, heads, key, masked);
+    else if (plan->head_shift == 4)
+        store_scores<2, PADDED>(sums, w, sink, heads, key, masked);
+    else
+        store_scores<1, PADDED>(sums, w, sink, heads, key, masked);
+}
+
+static __device__ __forceinline__ struct sink make_sink(const struct slab *s,
+                                                        const struct plan *plan,
+                                                        const struct item *item, int group) {
+    int first, head;
+    column_place(plan, group, 0, &first, &head);
+    struct sink sink;
+    sink.out = item->out + first * s->scores_stride;
+    sink.row_stride = s->scores_stride;
+    sink.rows = item->rows - first;
+    sink.visible = item->visible + first * item->visible_step;
+    sink.visible_step = item->visible_step;
+    return sink;
+}
+
+/* Which of a thread's columns are heads, as head_sum wants it. */
+static __device__ __forceinline__ uint32_t head_bits(const struct slab *s, const struct plan *plan,
+                                                     int group) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 2 * COLUMN_TILES; i++) {
+        int query, head;
+        column_place(plan, group, i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2, &query, &head);
+        bits |= (uint32_t)(head < s->p.n_heads) << i;
+    }
+    return bits;
+}
+
+/* ---- the kernel ------------------------------------------------------------------------------ */
+
+/* One item. `fill` and `read` are the ring places of its first slot to fill and to read. */
+template <typename T, int D, bool ALIGNED>
+static __device__ __forceinline__ void run_item(const struct slab *s, const struct plan *plan,
+                                                const struct item *item,
+                                                struct shared_state *state, uint32_t ring_address,
+                                                struct ring *fill, struct ring *read) {
+    constexpr uint32_t SLOT_BYTES = SLOT_KEYS * D * 2;
+    int warp = threadIdx.x / 32;
+    uint32_t full = smem_address(state->full), empty = smem_address(state->empty);
+    int32_t ahead = plan->n_slots - SLOT_SLACK;
+    int32_t filled = item->slot_begin;
+
+    auto fill_next = [&] {
+        mbarrier_wait(empty + fill->slot * 8, fill->parity ^ 1);
+        fill_slot<D, ALIGNED>(s, plan, item, filled, ring_address + fill->slot * SLOT_BYTES,
+                              full + fill->slot * 8);
+        advance(fill, plan->n_slots);
+        filled++;
+    };
+    for (int i = 0; i < ahead && filled < item->slot_end; i++)
+        fill_next();
+
+    int n_groups = plan->split ? item->rows * 2
+                               : ((item->rows << plan->head_shift) + COLUMNS - 1) / COLUMNS;
+    int spread = n_groups > 4 ? 3 : n_groups > 2 ? 2 : n_groups - 1; /* log2, rounded up */
+    int group = warp & ((1 << spread) - 1);
+    int dealt = (WARPS >> spread) - 1;
+    bool works = group < n_groups;
+
+    uint32_t b[COLUMN_TILES][D / 16][2];
+    float2 (*w)[4] = state->weights[warp];
+    load_columns<D, ALIGNED>(s, plan, item, group, b);
+    load_weights(s, plan, item, group, (float *)w);
+    struct sink *sink = &state->sink[warp];
+    if (threadIdx.x % 32 == 0)
+        *sink = make_sink(s, plan, item, group);
+    __syncwarp();
+    uint32_t heads = head_bits(s, plan, group);
+    bool padded = s->p.n_heads != (plan->split ? 2 * COLUMNS : 1 << plan->head_shift);
+
+    for (int32_t slot = item->slot_begin; slot < item->slot_end; slot++) {
+        if (filled < item->slot_end)
+            fill_next();
+        if (works && ((slot - item->slot_begin) & dealt) == warp >> spread) {
+            int32_t key = slot * SLOT_KEYS + lane_key();
+            bool masked = false;
+            if (s->p.page_size && key < item->last_visible) {
+                int32_t id = item->table[page_of(key, plan->page_magic)];
+                masked = id < 0 || id >= s->p.n_pages;
+            }
+            float sums[2][COLUMN_TILES][4];
+            mbarrier_wait(full + read->slot * 8, read->parity);
+            multiply_slot<T, D>(sums, b, ring_address + read->slot * SLOT_BYTES);
+            __syncwarp();
+            if (threadIdx.x % 32 == 0)
+                mbarrier_arrive(empty + read->slot * 8);
+            int turn = (slot - item->slot_begin) / (dealt + 1) & 1;
+            if (padded)
+                sink_slot<true>(plan, state, sums, w, sink, heads, key, masked, turn);
+            else
+                sink_slot<false>(plan, state, sums, w, sink, heads, key, masked, turn);
+        } else if (threadIdx.x % 32 == 0) {
+            mbarrier_arrive(empty + read->slot * 8);
+        }
+        advance(read, plan->n_slots);
+    }
+}
+
+template <typename T, int D, bool ALIGNED>
+__global__ void __launch_bounds__(THREADS, 1)
+    score_kernel(const __grid_constant__ struct slab s, const __grid_constant__ struct plan plan) {
+    extern __shared__ __align__(128) unsigned char memory[];
+    struct shared_state *state =
+        (struct shared_state *)(memory + plan.n_slots * (SLOT_KEYS * D * 2));
+    if (threadIdx.x < plan.n_slots) {
+        mbarrier_init(smem_address(&state->full[threadIdx.x]), THREADS);
+        mbarrier_init(smem_address(&state->empty[threadIdx.x]), WARPS);
+    }
+    find_run(&s.p, &plan.line, state);
+    struct ring fill = {0, 0}, read = {0, 0};
+    int warp = threadIdx.x / 32;
+    for (;;) {
+        __syncwarp();
+        bool more = false;
+        if (threadIdx.x % 32 == 0)
+            more = next_item(&s, &plan.line, &state->walk[warp], &state->item[warp]);
+        if (!__shfl_sync(~0u, more, 0))
+            break;
+        run_item<T, D, ALIGNED>(&s, &plan, &state->item[warp], state, smem_address(memory), &fill,
+                                &read);
+    }
+}
+
+/* ---- the host's side ------------------------------------------------------------------------- */
+
+static bool is_aligned(const struct problem *p) {
+    uint64_t all = (uint64_t)(uintptr_t)p->query | (uint64_t)p->query_batch_stride |
+                   (uint64_t)(uintptr_t)p->key | (uint64_t)p->key_batch_stride;
+    return all % 16 == 0;
+}
+
+static struct plan make_plan(const struct slab *s) {
+    struct plan plan;
+    int heads = s->p.n_heads;
+    plan.split = heads > COLUMNS;
+    plan.head_shift = heads > 32 ? 6 : heads > 16 ? 5 : heads > 8 ? 4 : 3;
+    plan.line.row_begin = s->row_begin;
+    plan.line.row_end = s->row_end;
+    plan.line.block_shift = plan.split ? 2 : 9 - plan.head_shift; /* 8 groups of 64 columns */
+    plan.line.charge = SWITCH_CHARGE;
+    int64_t sixteens = s->p.page_size ? s->p.page_size / 16 : 1;
+    plan.page_magic = ((uint64_t)1 << PAGE_SHIFT) / sixteens + 1;
+    return plan;
+}
+
+template <typename T, int D, bool ALIGNED>
+static cudaError_t launch(const struct slab *s, cudaStream_t stream) {
+    constexpr int SLOT_BYTES = SLOT_KEYS * D * 2;
+    struct plan plan = make_plan(s);
+    int device, most;
+    cudaError_t status = cudaGetDevice(&device);
+    if (!status)
+        status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (status)
+        return status;
+    int slots = (most - (int)sizeof(struct shared_state)) / SLOT_BYTES;
+    plan.n_slots = slots < SLOTS_MAX ? slots : SLOTS_MAX;
+    if (plan.n_slots < SLOTS_MIN)
+        return cudaErrorInvalidDevice;
+    int bytes = plan.n_slots * SLOT_BYTES + (int)sizeof(struct shared_state);
+    status = cudaFuncSetAttribute((const void *)score_kernel<T, D, ALIGNED>,
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (status)
+        return status;
+    score_kernel<T, D, ALIGNED><<<s->n_sm, THREADS, bytes, stream>>>(*s, plan);
+    return cudaGetLastError();
+}
+
+template <typename T>
+static cudaError_t launch_for(const struct slab *s, cudaStream_t stream) {
+    bool aligned = is_aligned(&s->p);
+    if (s->p.head_dim == 128)
+        return aligned ? launch<T, 128, true>(s, stream) : launch<T, 128, false>(s, stream);
+    return aligned ? launch<T, 64, true>(s, stream) : launch<T, 64, false>(s, stream);
+}
+
+extern "C" int lidx_launch_score_smxx(const struct slab *s, void *stream) {
+    if (s->row_begin >= s->row_end || s->p.n_key == 0)
+        return cudaSuccess;
+    return s->p.dtype == DTYPE_BF16 ? launch_for<__nv_bfloat16>(s, (cudaStream_t)stream)
+                                    : launch_for<__half>(s, (cudaStream_t)stream);
+}
+
+/* ---- bad input -------------------------------------------------------------------------------- */
+
+static __device__ bool is_bad_length(const int32_t *lengths, int packed, int64_t limit, int64_t b) {
+    if (!lengths)
+        return false;
+    int64_t low = packed && b ? lidx_clamp(lengths[b - 1], 0, limit) : 0;
+    return lengths[b] < low || lengths[b] > limit;
+}
+
+/* A block counts what was wrong with every gridDim.x-th batch. */
+__global__ void __launch_bounds__(THREADS)
+    count_kernel(const __grid_constant__ struct problem p) {
+    uint32_t bad = 0;
+    for (int64_t b = blockIdx.x; b < p.n_batch; b += gridDim.x) {
+        if (threadIdx.x == 0) {
+            bad += is_bad_length(p.query_lengths, p.query_packed, p.n_query, b);
+            bad += is_bad_length(p.key_lengths, p.key_packed, p.n_key, b);
+        }
+        struct extent e = lidx_extent(&p, b);
+        int64_t pages = p.page_size && e.n_query ? (e.n_key + p.page_size - 1) / p.page_size : 0;
+        const int32_t *table =
+            (const int32_t *)((const unsigned char *)p.page_table + b * p.page_table_stride);
+        for (int64_t i = threadIdx.x; i < pages; i += THREADS)
+            bad += table[i] < 0 || table[i] >= p.n_pages;
+    }
+    for (int d = 16; d > 0; d /= 2)
+        bad += __shfl_xor_sync(~0u, bad, d);
+    if (threadIdx.x % 32 == 0 && bad)
+        atomicAdd(p.error_word, bad);
+}
+
+extern "C" int lidx_launch_count(const struct slab *s, void *stream) {
+    if (!s->p.error_word || s->p.n_batch == 0)
+        return cudaSuccess;
+    int64_t most = 4 * s->n_sm;
+    int blocks = (int)(s->p.n_batch < most ? s->p.n_batch : most);
+    count_kernel<<<blocks, THREADS, 0, (cudaStream_t)stream>>>(s->p);
+    return cudaGetLastError();
+}
