@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""For each query token, the positions of the k best keys: exact, deterministic, in plain C.
+
+    score[i, j] = sum over heads h of  weights[i, h] * max(0, dot(query[i, h, :], key[j, :]))
+    out[i]      = the sparse_count best visible j: score descending, equal scores by ascending j
+
+Importing the package registers `torch.ops.lightning_indexer.lightning_indexer`,
+`torch.ops.lightning_indexer.npu_lightning_indexer` and, where no other package owns the
+namespace, the same two in `torch.ops.npu`. Without torch, `lightning_indexer()` takes NumPy, CuPy
+and JAX arrays. Environment variables:
+
+    LIDX_TORCH=0      do not import torch nor register anything
+    LIDX_NPU_ALIAS=0  register nothing in torch.ops.npu
+    LIDX_KERNEL=NAME  force a kernel (`python -m lightning_indexer info` lists them)
+    LIDX_LIBRARY, LIDX_TORCH_LIBRARY   paths of other builds of the library and the operator
+"""
+
+import os as _os
+import sys as _sys
+import warnings as _warnings
+
+from ._library import cpu_features, kernels, version
+
+__version__ = version()
+__all__ = ["cpu_features", "kernels", "lightning_indexer", "version"]
+
+_torch_error = None
+
+
+def _register():
+    """Registers with torch if there is one; what went wrong is kept and told at a call too."""
+    global _torch_error
+    if _os.environ.get("LIDX_TORCH", "1") == "0":
+        _torch_error = "LIDX_TORCH is 0"
+        return
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        _torch_error = str(error)
+        return
+    try:
+        from . import _torch
+
+        _torch.register()
+    except (RuntimeError, OSError, AttributeError) as error:
+        _torch_error = str(error)
+        _warnings.warn(f"lightning_indexer is not registered with torch: {error}", stacklevel=3)
+
+
+_register()
+
+
+def lightning_indexer(
+    query,
+    key,
+    weights,
+    actual_seq_lengths_query=None,
+    actual_seq_lengths_key=None,
+    block_table=None,
+    layout_query="BSND",
+    layout_key="BSND",
+    sparse_count=2048,
+    sparse_mode=3,
+    *,
+    return_values=False,
+):
+    """The positions of the `sparse_count` best keys of each query token.
+
+    Sizes: B batches, S1 / S2 query tokens / keys of a batch, T1 / T2 those of all batches,
+    N1 heads (1..128), D head dimension (64 or 128), k = `sparse_count`.
+
+    =================  ==================  =============  =============================  ===========
+    argument           BSND                TND            PA_BSND                        dtype
+    =================  ==================  =============  =============================  ===========
+    query              [B, S1, N1, D]      [T1, N1, D]                                   bf16 | fp16
+    key                [B, S2, 1, D]       [T2, 1, D]     [pages, block_size, 1, D]      query's
+    weights            [B, S1, N1]         [T1, N1]                                      query's | f32
+    result: indices    [B, S1, 1, k]       [T1, 1, k]                                    int32
+    result: values     as the indices                                                    see below
+    =================  ==================  =============  =============================  ===========
+
+    Parameters
+    ----------
+    query, key, weights
+        torch tensors on the CPU or a CUDA device, NumPy arrays (bfloat16 through ml_dtypes), CuPy
+        arrays, JAX arrays on the CPU, or anything else in CPU memory with `__dlpack__`. All of
+        one kind and on one device. All dimensions but the first are contiguous.
+    actual_seq_lengths_query, actual_seq_lengths_key : int32 [B], optional
+        The real lengths. Layout TND: required, prefix sums without the leading 0. Layout BSND:
+        one length a batch; None means S1 / S2. Layout PA_BSND: the key's list is required and is
+        one length a batch, also with a TND query.
+    block_table : int32 [B, blocks of the longest batch], layout_key PA_BSND only
+        Key j of batch b is row `j % block_size` of page `block_table[b][j // block_size]`.
+        block_size is a multiple of 16 in 16..1024.
+    layout_query, layout_key : str
+        "BSND" / "BSND", "TND" / "TND", "BSND" / "PA_BSND" or "TND" / "PA_BSND".
+    sparse_count : int
+        k, 1..8192.
+    sparse_mode : int
+        0: a query sees every key of its batch. 3: right-bottom causal, query i of L1 sees the
+        first L2 - L1 + i + 1 of L2 keys.
+    return_values : bool
+        Also return the scores: float32 for arrays, query's dtype for torch tensors.
+
+    Returns
+    -------
+    indices, or (indices, values)
+        Score descending, equal scores by ascending position; -1 (and -inf) where fewer than k
+        keys are visible. For torch tensors and CuPy arrays on a CUDA device the work is enqueued
+        on the current stream.
+
+    Raises
+    ------
+    RuntimeError
+        With a sentence that names the argument, what it was and what it should be. On a CUDA
+        device the values of lengths and tables are not read on the host: they are clamped there.
+    TypeError
+        When an argument is no array at all.
+
+    Threads: any may call; each has a context of its own, up to 4 MiB for each CPU thread that
+    works for it. For torch tensors that is `torch.get_num_threads()`, else OpenMP's default.
+    """
+    torch = _sys.modules.get("torch")
+    if torch is not None and isinstance(query, torch.Tensor):
+        if _torch_error:
+            raise RuntimeError(f"lightning_indexer is not registered with torch: {_torch_error}")
+        from . import _torch
+
+        options = (layout_query, layout_key, sparse_count, sparse_mode)
+        lengths = (actual_seq_lengths_query, actual_seq_lengths_key)
+        return _torch.call(query, key, weights, *lengths, block_table, options, return_values)
+
+    from . import _arrays
+
+    return _arrays.lightning_indexer(
+        query,
+        key,
+        weights,
+        actual_seq_lengths_query,
+        actual_seq_lengths_key,
+        block_table,
+        layout_query,
+        layout_key,
+        sparse_count,
+        sparse_mode,
+        return_values,
+    )

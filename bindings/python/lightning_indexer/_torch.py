@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registers the operators with torch: in C for CPU and CUDA, here for fake tensors.
+
+`lightning_indexer::` is always ours. `npu::` may belong to torch_npu or sgl_kernel_npu, whose own
+operators must win, so the alias
+
+* is off when LIDX_NPU_ALIAS is 0;
+* adds CPU and CUDA implementations when the operator exists with the same schema;
+* is otherwise left to those packages when one of them can be imported;
+* else defines the operator.
+"""
+
+import ctypes
+import importlib.util
+import os
+import sys
+
+import torch
+
+from . import _library
+
+OPS = ("lightning_indexer", "npu_lightning_indexer")
+NAMESPACE = "lightning_indexer"
+OWNERS_OF_NPU = ("torch_npu", "sgl_kernel_npu")
+MAX_SPARSE_COUNT = 8192
+
+state = {}  # "npu::lightning_indexer" -> what was done about it, for `info`
+
+
+def _load_op():
+    op = ctypes.CDLL(os.environ.get("LIDX_TORCH_LIBRARY") or _default_path())
+    for name in ("load", "define", "implement", "schema", "symbol"):
+        getattr(op, f"lidx_torch_{name}").restype = ctypes.c_char_p
+    op.lidx_torch_load.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+    op.lidx_torch_define.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int]
+    op.lidx_torch_implement.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+    op.lidx_torch_schema.argtypes = [ctypes.c_char_p]
+    op.lidx_torch_symbol.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
+    return op
+
+
+def _default_path():
+    return os.path.join(_library.PACKAGE, "lightning_indexer_torch.so")
+
+
+def _check(sentence):
+    if sentence:
+        raise RuntimeError(f"{sentence.decode()} (this is torch {torch.__version__})")
+
+
+def symbols(op=None):
+    """[(symbol, library)] that the operator looks up in torch; 'libtorch_cpu?' needs not be there."""
+    op = op or _load_op()
+    found = []
+    library = ctypes.c_char_p()
+    while name := op.lidx_torch_symbol(len(found), ctypes.byref(library)):
+        found.append((name.decode(), library.value.decode()))
+    return found
+
+
+def _schema_text(qualified):
+    schemas = torch._C._jit_get_schemas_for_operator(qualified)
+    return [str(schema) for schema in schemas]
+
+
+def _same_schema(op, namespace, name):
+    """Whether the operator that exists takes its arguments as ours does."""
+    ours = torch._C.parse_schema(f"{namespace}::{op.lidx_torch_schema(name.encode()).decode()}")
+    return str(ours) in _schema_text(f"{namespace}::{name}")
+
+
+def _output_shape(query, layout_query, sparse_count):
+    rank = 3 if layout_query == "TND" else 4
+    torch._check(
+        layout_query in ("BSND", "TND"),
+        lambda: f'layout_query is "{layout_query}"; it should be "BSND", "TND"',
+    )
+    torch._check(
+        query.dim() == rank,
+        lambda: f"query has {query.dim()} dimensions; it should have {rank}",
+    )
+    torch._check(
+        1 <= sparse_count <= MAX_SPARSE_COUNT,
+        lambda: f"sparse_count is {sparse_count}; it should be 1 to {MAX_SPARSE_COUNT}",
+    )
+    return (*query.shape[:-2], 1, sparse_count)
+
+
+def _fake_page(
+    query,
+    key,
+    weights,
+    actual_seq_lengths_query=None,
+    actual_seq_lengths_key=None,
+    block_table=None,
+    layout_query=None,
+    layout_key=None,
+    sparse_count=None,
+    sparse_mode=None,
+):
+    shape = _output_shape(query, layout_query or "BSND", 2048 if sparse_count is None else sparse_count)
+    return query.new_empty(shape, dtype=torch.int32)
+
+
+def _fake_npu(
+    query,
+    key,
+    weights,
+    *,
+    actual_seq_lengths_query=None,
+    actual_seq_lengths_key=None,
+    block_table=None,
+    layout_query="BSND",
+    layout_key="BSND",
+    sparse_count=2048,
+    sparse_mode=3,
+    pre_tokens=2**63 - 1,
+    next_tokens=2**63 - 1,
+    return_value=False,
+):
+    shape = _output_shape(query, layout_query, sparse_count)
+    return (
+        query.new_empty(shape, dtype=torch.int32),
+        query.new_empty(shape if return_value else (0,)),
+    )
+
+
+_FAKES = {"lightning_indexer": _fake_page, "npu_lightning_indexer": _fake_npu}
+
+
+def _define(op, namespace, name, owns_namespace):
+    _check(op.lidx_torch_define(namespace.encode(), name.encode(), owns_namespace))
+    torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
+
+
+def _alias(op, name):
+    """What was done about npu::name, in words."""
+    if os.environ.get("LIDX_NPU_ALIAS", "1") == "0":
+        return "off: LIDX_NPU_ALIAS is 0"
+    qualified = f"npu::{name}"
+    if _schema_text(qualified):
+        if not _same_schema(op, "npu", name):
+            return "left alone: it exists with another schema"
+        for key in ("CPU", "CUDA"):
+            if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
+                return f"left alone: it exists and serves {key}"
+        _check(op.lidx_torch_implement(b"npu", name.encode()))
+        return "implemented: the operator existed, CPU and CUDA were added"
+    for owner in OWNERS_OF_NPU:
+        if owner in sys.modules or importlib.util.find_spec(owner):
+            return f"left alone: {owner} is installed"
+    _define(op, "npu", name, 0)
+    return "defined"
+
+
+def register():
+    """Registers all; once a process."""
+    if _schema_text(f"{NAMESPACE}::{OPS[0]}"):
+        return
+    op = _load_op()
+    has_cuda = torch.version.cuda is not None
+    _check(op.lidx_torch_load(b"libtorch_cpu.so", b"libtorch_cuda.so" if has_cuda else None))
+    for position, name in enumerate(OPS):
+        _define(op, NAMESPACE, name, position == 0)
+    for name in OPS:
+        state[f"npu::{name}"] = _alias(op, name)
+
+
+def call(query, key, weights, lengths_query, lengths_key, block_table, options, return_values):
+    """The operator for torch tensors; `options` are the last four of the page's arguments."""
+    if not return_values:
+        return torch.ops.lightning_indexer.lightning_indexer(
+            query, key, weights, lengths_query, lengths_key, block_table, *options
+        )
+    layout_query, layout_key, sparse_count, sparse_mode = options
+    return torch.ops.lightning_indexer.npu_lightning_indexer(
+        query,
+        key,
+        weights,
+        actual_seq_lengths_query=lengths_query,
+        actual_seq_lengths_key=lengths_key,
+        block_table=block_table,
+        layout_query=layout_query,
+        layout_key=layout_key,
+        sparse_count=sparse_count,
+        sparse_mode=sparse_mode,
+        return_value=True,
+    )
