@@ -1,0 +1,104 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+
+#include "speed.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "message.h"
+#include "numbers.h"
+#include "peak.h"
+
+enum { ROUNDS = 64, CALLS = 4096 };
+
+/* One round's calls; the median of their times. */
+static int time_calls(struct lidx_context *context, const struct lidx_args *args, double budget,
+                      struct speed *speed, double *middle) {
+    double seconds[CALLS], begin = now();
+    int n = 0;
+    do {
+        double start = now();
+        if (lidx_run(context, args))
+            return refuse("%s", lidx_last_error());
+        seconds[n] = now() - start;
+        if (speed->best == 0 || seconds[n] < speed->best)
+            speed->best = seconds[n];
+        n++;
+    } while (n < CALLS && now() - begin < budget);
+    speed->calls += n;
+    *middle = median(seconds, n);
+    return EXIT_FINE;
+}
+
+int speed_measure(struct lidx_context *context, const struct lidx_args *args, const char *kernel,
+                  int n_threads, double flop, const struct speed_effort *effort,
+                  struct speed *speed) {
+    int type = args->query->dtype.code, n = effort->rounds < ROUNDS ? effort->rounds : ROUNDS;
+    double seconds[ROUNDS], fraction[ROUNDS], fraction_one[ROUNDS], middle;
+    memset(speed, 0, sizeof *speed);
+    if (time_calls(context, args, 0, speed, &middle)) /* pages, caches, threads */
+        return EXIT_TROUBLE;
+    *speed = (struct speed){0};
+    double one = peak_flops_threads(kernel, type, effort->peak_seconds, 1);
+    double before = peak_flops_threads(kernel, type, effort->peak_seconds, n_threads);
+    speed->peak_before = before;
+    double highest = before;
+    for (int r = 0; r < n; r++) {
+        if (time_calls(context, args, effort->round_seconds, speed, &seconds[r]))
+            return EXIT_TROUBLE;
+        double one_after = peak_flops_threads(kernel, type, effort->peak_seconds, 1);
+        double after = n_threads == 1 ? one_after
+                                      : peak_flops_threads(kernel, type, effort->peak_seconds,
+                                                           n_threads);
+        double rate = flop / seconds[r], peak = 0.5 * (before + after);
+        double peak_one = 0.5 * (one + one_after) * n_threads;
+        fraction[r] = peak > 0 ? rate / peak : 0;
+        fraction_one[r] = peak_one > 0 ? rate / peak_one : 0;
+        highest = after > highest ? after : highest;
+        before = after;
+        one = one_after;
+    }
+    speed->peak_after = before;
+    speed->seconds = median(seconds, n);
+    speed->fraction = median(fraction, n);
+    speed->best_fraction = highest > 0 ? flop / speed->best / highest : 0;
+    speed->fraction_one = median(fraction_one, n);
+    return EXIT_FINE;
+}
+
+/* ---- memory ---------------------------------------------------------------------------------- */
+
+/* A line of /proc/self/status in bytes, such as "VmHWM:"; -1 if there is none. */
+static double status_line(const char *name) {
+    char line[128];
+    double kib = -1;
+    FILE *file = fopen("/proc/self/status", "r");
+    if (!file)
+        return -1;
+    while (fgets(line, sizeof line, file))
+        if (strncmp(line, name, strlen(name)) == 0)
+            sscanf(line + strlen(name), "%lf", &kib);
+    fclose(file);
+    return kib < 0 ? -1 : kib * 1024;
+}
+
+double memory_mark(void) {
+    int fd = open("/proc/self/clear_refs", O_WRONLY | O_CLOEXEC);
+    if (fd >= 0) {
+        ssize_t written = write(fd, "5", 1); /* the high-water mark starts again from here */
+        close(fd);
+        if (written == 1)
+            return status_line("VmRSS:");
+    }
+    return -1;
+}
+
+double memory_growth(double mark) {
+    double high = status_line("VmHWM:");
+    return mark < 0 || high < 0 ? -1 : high > mark ? high - mark : 0;
+}

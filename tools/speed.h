@@ -1,0 +1,40 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * How fast a call is, beside what the machine can do at the same moment. Shared machines change
+ * their speed within seconds, so peak and calls alternate in short rounds; each round gives one
+ * fraction, and the median of the rounds is reported.
+ */
+#ifndef LIDX_SPEED_H
+#define LIDX_SPEED_H
+
+#include "lightning_indexer.h"
+
+struct speed {
+    double seconds;      /* of one call: the median over rounds of a round's median */
+    double best;         /* the fastest call */
+    double peak_before;  /* flop/s of all threads at once, before the first call ... */
+    double peak_after;   /* ... and after the last; 0 where the kernel has no peak loop */
+    double fraction;     /* of that peak: the median over rounds */
+    double best_fraction; /* of that peak: the fastest call against the highest peak */
+    double fraction_one; /* the median against n_threads times the peak of one core alone */
+    int calls;
+};
+
+struct speed_effort {
+    int rounds;
+    double round_seconds; /* of calls in a round; at least one call is made */
+    double peak_seconds;  /* of each peak measurement */
+};
+
+/* Times lidx_run(context, args), which does `flop` operations with the named kernel. Returns
+ * EXIT_FINE or, after a sentence, EXIT_TROUBLE. */
+int speed_measure(struct lidx_context *context, const struct lidx_args *args, const char *kernel,
+                  int n_threads, double flop, const struct speed_effort *effort,
+                  struct speed *speed);
+
+/* Bytes by which the process's resident memory has grown at most since memory_mark(); -1 where
+ * the system does not tell. */
+double memory_mark(void);
+double memory_growth(double mark);
+
+#endif
