@@ -73,10 +73,12 @@ static size_t round_up(size_t n, size_t to) {
     return (n + to - 1) / to * to;
 }
 
-static int default_threads(void) {
+static int count_workers(int asked) {
 #ifdef _OPENMP
-    return omp_get_max_threads();
+    int n = asked ? asked : omp_get_max_threads();
+    return n < LIDX_MAX_THREADS ? n : LIDX_MAX_THREADS;
 #else
+    (void)asked;
     return 1;
 #endif
 }
@@ -92,8 +94,7 @@ static int cpu_create(void **state, const struct lidx_options *options) {
     struct cpu *cpu = calloc(1, sizeof *cpu);
     if (!cpu)
         return lidx_fail(LIDX_ERR_MEMORY, "no memory for the CPU's part of a context");
-    int n = options->n_threads ? options->n_threads : default_threads();
-    cpu->n_workers = n < 1 ? 1 : n > LIDX_MAX_THREADS ? LIDX_MAX_THREADS : n;
+    cpu->n_workers = count_workers(options->n_threads);
     const struct kernel *forced = options->kernel ? lidx_kernel_choose(options->kernel) : NULL;
     cpu->kernel = forced ? forced : lidx_kernel_choose(NULL);
     size_t bytes = (size_t)cpu->n_workers * WORKER_BYTES;
@@ -101,7 +102,8 @@ static int cpu_create(void **state, const struct lidx_options *options) {
     cpu->splits = calloc((size_t)cpu->n_workers * SPLITS_PER_WORKER, sizeof *cpu->splits);
     if (!cpu->memory || !cpu->splits) {
         cpu_destroy(cpu);
-        return lidx_fail(LIDX_ERR_MEMORY, "no memory for %d threads of %d bytes", n, WORKER_BYTES);
+        return lidx_fail(LIDX_ERR_MEMORY, "no memory for %d threads of %d bytes", cpu->n_workers,
+                         WORKER_BYTES);
     }
     *state = cpu;
     return LIDX_OK;
