@@ -1,0 +1,195 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU operator beside torch eager in bfloat16 (matmul, relu, weighted sum, topk), in one run.
+
+    python3 bench/bench_cpu_torch.py --library build/liblightning_indexer.so [--threads N] [--json F]
+
+The two take turns, a few calls each, so that both meet the machine's good and bad moments; what
+is compared are medians over the turns. "hot" repeats one call, "cold" walks through a pool of
+keys of --pool MiB, so choose it well above the last-level cache. Every case is checked: where
+the indices differ from those of a float32 reference, the scores must not, beyond 1e-4 relative.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+import sys
+import time
+
+HEADS, DIM, TOP_K = 64, 128, 2048
+CASES = [  # name, query tokens, keys, cold
+    ("1 x 8192 hot", 1, 8192, False),
+    ("1 x 8192 cold", 1, 8192, True),
+    ("1 x 65536 hot", 1, 65536, False),
+    ("1 x 65536 cold", 1, 65536, True),
+    ("64 x 8192", 64, 8192, False),
+    ("512 x 8192", 512, 8192, False),
+]
+
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--library", help="liblightning_indexer.so; default: LIDX_LIBRARY")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--kernel", help="force a kernel by name")
+    parser.add_argument("--seconds", type=float, default=4.0, help="about this long for each case")
+    parser.add_argument("--pool", type=int, default=1024, help="MiB of keys for the cold cases")
+    parser.add_argument("--case", action="append", help="only cases whose name contains this")
+    parser.add_argument("--json", help="also write the results to this file")
+    return parser.parse_args()
+
+
+class Operator:
+    """The library through ctypes with arguments made once, as an engine in C would call it."""
+
+    def __init__(self, lib, threads, kernel):
+        self.lib = lib
+        self.handle = ctypes.c_void_p()
+
+        class Options(ctypes.Structure):
+            _fields_ = [
+                ("size", ctypes.c_size_t),
+                ("n_threads", ctypes.c_int32),
+                ("kernel", ctypes.c_char_p),
+            ]
+
+        wanted = Options(ctypes.sizeof(Options), threads, kernel.encode() if kernel else None)
+        lib.check(lib.library.lidx_create(ctypes.byref(self.handle), ctypes.byref(wanted)))
+
+    def tensor(self, data):
+        import torch
+
+        code = {torch.bfloat16: (self.lib.BFLOAT, 16), torch.int32: (self.lib.INT, 32)}[data.dtype]
+        shape = (ctypes.c_int64 * data.dim())(*data.shape)
+        return self.lib.Tensor(
+            data.data_ptr(), self.lib.Device(self.lib.CPU, 0), data.dim(), self.lib.Dtype(*code, 1),
+            shape, None, 0,
+        )
+
+    def prepare(self, query, key, weights, indices):
+        """A function that runs the operator on these tensors."""
+        args = self.lib.Args(size=ctypes.sizeof(self.lib.Args))
+        args.sparse_count, args.sparse_mode = indices.shape[-1], 0
+        for name, data in (
+            ("query", query), ("key", key), ("weights", weights), ("sparse_indices", indices)
+        ):
+            setattr(args, name, ctypes.pointer(self.tensor(data)))
+        run, handle, pointer = self.lib.library.lidx_run, self.handle, ctypes.byref(args)
+        return lambda: self.lib.check(run(handle, pointer))
+
+
+def eager(query, key, weights):
+    """What a model written in torch does."""
+    import torch
+
+    tokens = query.shape[0]
+    dots = torch.matmul(query.view(tokens * HEADS, DIM), key.t()).view(tokens, HEADS, -1)
+    scores = torch.einsum("thk,th->tk", torch.relu(dots), weights)
+    return torch.topk(scores, TOP_K, dim=-1).indices
+
+
+def check_rows(query, key, weights, indices):
+    """The first rows against float32; raises AssertionError."""
+    import torch
+
+    for t in range(min(2, query.shape[0])):
+        dots = torch.relu(query[t].float() @ key.float().t())
+        scores = (dots * weights[t].float()[:, None]).sum(0)
+        ours = scores[indices[t].long()]
+        best = torch.topk(scores, TOP_K).values
+        tolerance = 1e-4 * best.abs().max()
+        assert len(set(indices[t].tolist())) == TOP_K, "an index twice"
+        assert (ours - best).abs().max() <= tolerance, "not the best keys, or not in order"
+
+
+def measure(ours, theirs, seconds):
+    """Alternating turns; seconds of a call, for each side: the medians of the turns' means."""
+    def turn(functions, calls):
+        begin = time.perf_counter()
+        for i in range(calls):
+            functions[i % len(functions)]()
+        return (time.perf_counter() - begin) / calls
+
+    sides, times, calls = (ours, theirs), ([], []), [1, 1]
+    for side in (0, 1):
+        turn(sides[side], 2)
+        calls[side] = max(1, min(200, int(0.03 / turn(sides[side], 3))))
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds or len(times[0]) < 5:
+        for side in (0, 1):
+            sides[side][0]()  # the other side's threads have just gone to sleep
+            times[side].append(turn(sides[side], calls[side]))
+    return times
+
+
+def run_case(operator, case, pool_bytes, seconds):
+    import torch
+
+    name, tokens, n_keys, cold = case
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float32).to(torch.bfloat16)
+
+    query, weights = random(tokens, HEADS, DIM), random(tokens, HEADS)
+    first = random(n_keys, DIM)
+    copies = max(2, pool_bytes // (n_keys * DIM * 2)) if cold else 1
+    pool = first.repeat(copies, 1).view(copies, n_keys, DIM)
+    indices = torch.empty(1, tokens, 1, TOP_K, dtype=torch.int32)
+    ours = [
+        operator.prepare(query[None], pool[i][None, :, None], weights[None], indices)
+        for i in range(copies)
+    ]
+    theirs = [lambda key=pool[i]: eager(query, key, weights) for i in range(copies)]
+    ours[0]()
+    check_rows(query, first, weights, indices[0, :, 0])
+    a, b = measure(ours, theirs, seconds)
+    flop = 2 * tokens * n_keys * HEADS * DIM
+    mine, other = statistics.median(a), statistics.median(b)
+    return {
+        "case": name, "us": mine * 1e6, "us_best": min(a) * 1e6, "torch_us": other * 1e6,
+        "torch_us_best": min(b) * 1e6, "ratio": other / mine, "tflops": flop / mine * 1e-12,
+        "key_gbps": n_keys * DIM * 2 / mine * 1e-9, "turns": len(a),
+    }
+
+
+def main():
+    chosen = options()
+    os.environ["LIDX_TORCH"] = "0"
+    if chosen.library:
+        os.environ["LIDX_LIBRARY"] = os.path.abspath(chosen.library)
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path.insert(0, os.path.join(here, "..", "bindings", "python"))
+    from lightning_indexer import _library as lib
+
+    import torch
+
+    torch.set_num_threads(chosen.threads)
+    torch.set_grad_enabled(False)
+    operator = Operator(lib, chosen.threads, chosen.kernel)
+    kernel = chosen.kernel or next(
+        k["name"] for k in lib.kernels() if k["backend"] == "cpu" and k["chosen_bf16"]
+    )
+    print(f"lightning_indexer {lib.version()} kernel {kernel}, torch {torch.__version__}, "
+          f"{chosen.threads} threads, {HEADS} heads x {DIM}, top {TOP_K} in order")
+    print(f"{'case':>16} {'us':>9} {'best':>9} {'torch us':>10} {'best':>10} {'ratio':>6} "
+          f"{'TFLOP/s':>8} {'keys GB/s':>9}")
+    rows = []
+    for case in CASES:
+        if chosen.case and not any(part in case[0] for part in chosen.case):
+            continue
+        row = run_case(operator, case, chosen.pool << 20, chosen.seconds)
+        rows.append(row)
+        print(f"{row['case']:>16} {row['us']:9.1f} {row['us_best']:9.1f} {row['torch_us']:10.1f} "
+              f"{row['torch_us_best']:10.1f} {row['ratio']:6.1f} {row['tflops']:8.3f} "
+              f"{row['key_gbps']:9.1f}", flush=True)
+    if chosen.json:
+        with open(chosen.json, "w", encoding="utf-8") as file:
+            json.dump({"kernel": kernel, "torch": torch.__version__, "threads": chosen.threads,
+                       "features": lib.cpu_features(), "cases": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
