@@ -20,9 +20,11 @@
 
 #include "launch.h"
 
-enum { BINS = 2048, SHORT = 8192, SAMPLE = 4096, LANES = 32 };
-static const uint32_t KEY_MASKED = 0xFFFFFFFFu; /* never selected */
-static const uint32_t KEY_NAN = 0xFFFFFFFEu;    /* after -inf, whose key is 0xFF800000 */
+enum { BINS = 2048, SHORT = 8192, LANES = 32 };
+enum { SAMPLE = 4096, SAMPLE_REACH = 131072 }; /* scores of a row sampled, per so many keys */
+enum { WIDE_BIN = 512 }; /* a last bin of more candidates is measured between its own ends */
+static const uint32_t KEY_MASKED = 0xFFFFFFFFu; /* never selected; alone in the last bin */
+static const uint32_t KEY_NAN = 0xFFC00000u;    /* alone in the bin before; -inf is 0xFF800000 */
 static const uint32_t ALL_LANES = 0xFFFFFFFFu;
 static const uint32_t NO_SLOT = 0xFFFFFFFFu;
 static const uint32_t KEEP_ALL = 0xFFFFFFFFu;
@@ -51,6 +53,7 @@ struct row {
     int32_t *indices;
     char *values;
     uint32_t n; /* visible keys */
+    uint32_t top_k;
 };
 
 template <class Z> struct shared {
@@ -85,7 +88,7 @@ static __device__ __forceinline__ uint32_t key_of(float x) {
 }
 
 static __device__ __forceinline__ float score_of(uint32_t key) {
-    if (key >= KEY_NAN)
+    if (key == KEY_NAN)
         return __uint_as_float(0x7FC00000u);
     return __uint_as_float(key & 0x80000000u ? key : key ^ 0x7FFFFFFFu);
 }
@@ -159,6 +162,7 @@ static __device__ __forceinline__ struct row find_row(const struct slab *s, int6
         r.values += out * p->values_batch_stride +
                     slot * p->top_k * (p->values_dtype == DTYPE_F32 ? 4 : 2);
     r.n = (uint32_t)visible;
+    r.top_k = (uint32_t)p->top_k;
     return r;
 }
 
@@ -198,13 +202,17 @@ template <class Z> static __device__ __forceinline__ void zero_hist(struct share
 }
 
 /* Turns counts into sums of the bins before, and finds the bin that holds the rank-th (from 1),
- * or the last one of all if there are fewer. Between two barriers of its own. */
-template <class Z> static __device__ void scan_hist(struct shared<Z> *s, uint32_t rank) {
+ * or the last one of all if there are fewer. `masked` says that the last bin holds masked keys,
+ * which do not count. Ends with a barrier. */
+template <class Z>
+static __device__ __forceinline__ void scan_hist(struct shared<Z> *s, uint32_t rank, int masked) {
     const int N = BINS / Z::THREADS;
     uint32_t c[N], sum = 0, total;
 #pragma unroll
     for (int i = 0; i < N; i++) {
         c[i] = s->hist[threadIdx.x * N + i];
+        if (i == N - 1 && masked && threadIdx.x == Z::THREADS - 1)
+            c[i] = 0;
         sum += c[i];
     }
     uint32_t before = block_before(s, sum, 0, &total);
@@ -250,6 +258,21 @@ static __device__ __forceinline__ float4 load4(const float *score, uint32_t i, u
     return x;
 }
 
+/* Sixteen scores a lane, 2 KiB a warp: float4 g of the lane lies at begin + 128 g + 4 lane. */
+static __device__ __forceinline__ void load16(float4 *x, const float *score, uint32_t begin,
+                                              uint32_t n) {
+    uint32_t first = begin + 4 * lane_id();
+    if (begin + 512 <= n) {
+#pragma unroll
+        for (int g = 0; g < 4; g++)
+            x[g] = __ldg((const float4 *)(score + first + 128 * g));
+    } else {
+#pragma unroll
+        for (int g = 0; g < 4; g++)
+            x[g] = load4(score, first + 128 * g, n);
+    }
+}
+
 static __device__ __forceinline__ uint64_t pair(uint32_t key, uint32_t position) {
     return (uint64_t)key << 32 | position;
 }
@@ -283,7 +306,7 @@ static __device__ __forceinline__ uint32_t refined_bucket_of(const struct shared
     uint32_t buckets = Z::SPREAD * (end - before), n = s->row.n;
     float range = (float)((uint64_t)(high[bin] - low[bin] + 1) * n);
     float place = (float)((uint64_t)(key - low[bin]) * n + (uint32_t)item);
-    return Z::SPREAD * before + min((uint32_t)(place * ((float)buckets / range)), buckets - 1);
+    return Z::SPREAD * before + min((uint32_t)(place * __fdividef((float)buckets, range)), buckets - 1);
 }
 
 /* Counts a candidate in its bucket; the slot is the bucket and the number of earlier arrivals. */
@@ -437,8 +460,8 @@ template <class Z>
 static __device__ __forceinline__ void order(struct shared<Z> *s, uint32_t n_list) {
     uint64_t item[Z::ITEMS];
     uint32_t slot[Z::ITEMS];
-    float last_scale = (float)(Z::SPREAD * (n_list - s->hist[s->last_high >> 21])) /
-                       (float)(s->last_high - s->last_low + 1);
+    float last_scale = __fdividef((float)(Z::SPREAD * (n_list - s->hist[s->last_high >> 21])),
+                                  (float)(s->last_high - s->last_low + 1));
 #pragma unroll
     for (int i = 0; i < Z::ITEMS; i++) {
         uint32_t j = i * Z::THREADS + threadIdx.x;
@@ -493,15 +516,17 @@ static __device__ __forceinline__ void table_from_list(struct shared<Z> *s, uint
     if (lane_id() == 0)
         atomicMin(&s->last_low, low);
     __syncthreads();
-    scan_hist(s, 1);
+    scan_hist(s, 1, 0);
 }
 
 /* ---- exact selection ------------------------------------------------------------------------- */
 
 /* Appends all keys better than `edge`, and of those equal to it the first `keep` by position. */
 template <class Z>
-static __device__ void collect(struct shared<Z> *s, const float *score, uint32_t n, uint32_t edge,
-                               uint32_t keep) {
+static __device__ __noinline__ void collect(uint32_t edge, uint32_t keep) {
+    struct shared<Z> *s = shared_memory<Z>();
+    const float *score = s->row.score;
+    uint32_t n = s->row.n;
     uint32_t seen = 0, turn = 0;
     for (uint32_t begin = 0; begin < n; begin += 4 * Z::THREADS) {
         uint32_t i = begin + 4 * threadIdx.x;
@@ -534,29 +559,41 @@ static __device__ void collect(struct shared<Z> *s, const float *score, uint32_t
     __syncthreads();
 }
 
+/* Counts the digit at `shift` of those keys whose earlier digits are `prefix`. */
+template <class Z>
+static __device__ __noinline__ void count_digits(uint32_t prefix, int shift) {
+    struct shared<Z> *s = shared_memory<Z>();
+    const float *score = s->row.score;
+    uint32_t n = s->row.n;
+    uint32_t above = shift == 21 ? 31 : shift == 10 ? 21 : 10, last = shift ? 2047 : 1023;
+    for (uint32_t begin = threadIdx.x / LANES * 512; begin < n; begin += 16 * Z::THREADS) {
+        float4 x[4];
+        load16(x, score, begin, n);
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            float y = i % 4 == 0 ? x[i / 4].x : i % 4 == 1 ? x[i / 4].y : i % 4 == 2 ? x[i / 4].z : x[i / 4].w;
+            uint32_t key = key_of(y);
+            if (shift == 21 || key >> above == prefix)
+                atomicAdd(&s->hist[key >> shift & last], 1u);
+        }
+    }
+    __syncthreads();
+}
+
 /* Leaves in the list at least the top_k best (all, if there are fewer), by passes over the row:
  * digits of 11, 11 and 10 bits, until the candidates fit. */
-template <class Z>
-static __device__ __noinline__ void exact_select(const float *score, uint32_t n, uint32_t top_k) {
+template <class Z> static __device__ __noinline__ void exact_select(void) {
     struct shared<Z> *s = shared_memory<Z>();
-    uint32_t prefix = 0, before = 0, count = 0;
+    uint32_t prefix = 0, before = 0, count = 0, top_k = s->row.top_k;
     int shift = 32;
     do {
-        int bits = shift == 10 ? 10 : 11, above = shift;
+        int bits = shift == 10 ? 10 : 11;
         shift -= bits;
         __syncthreads();
         zero_hist(s);
         __syncthreads();
-        for (uint32_t i = 4 * threadIdx.x; i < n; i += 4 * Z::THREADS) {
-            float4 x = load4(score, i, n);
-            uint32_t key[4] = {key_of(x.x), key_of(x.y), key_of(x.z), key_of(x.w)};
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                if (key[j] != KEY_MASKED && (above == 32 || key[j] >> above == prefix))
-                    atomicAdd(&s->hist[key[j] >> shift & ((1u << bits) - 1)], 1u);
-        }
-        __syncthreads();
-        scan_hist(s, top_k - before);
+        count_digits<Z>(prefix, shift);
+        scan_hist(s, top_k - before, shift == 21);
         if (s->total == 0)
             break;
         prefix = prefix << bits | s->bin;
@@ -564,14 +601,51 @@ static __device__ __noinline__ void exact_select(const float *score, uint32_t n,
         count = s->count;
     } while (shift && before + count > Z::LIST);
 
-    uint32_t edge = min(prefix << shift | ((1u << shift) - 1), KEY_NAN);
+    uint32_t edge = prefix << shift | ((1u << shift) - 1);
     __syncthreads();
     if (threadIdx.x == 0)
         s->n_list = 0;
     __syncthreads();
     if (count)
-        collect(s, score, n, edge, before + count > Z::LIST ? top_k - before : KEEP_ALL);
+        collect<Z>(edge, before + count > Z::LIST ? top_k - before : KEEP_ALL);
     table_from_list(s, s->n_list, edge);
+}
+
+/* Where a threshold let more pass than the list holds, equal scores are the usual cause. If most
+ * of the listed (raw) items equal the worst of them, one pass takes all that are better and the
+ * first top_k of the equals. Returns 0, with the list lost, if it was not so. */
+template <class Z> static __device__ __noinline__ int plateau_select(void) {
+    struct shared<Z> *s = shared_memory<Z>();
+    uint32_t top_k = s->row.top_k;
+    const uint32_t listed = Z::LIST - 512; /* what lies beyond may not have been written */
+    if (2 * top_k > Z::LIST)
+        return 0;
+    uint32_t worst = 0, equal = 0, total;
+    for (uint32_t j = threadIdx.x; j < listed; j += Z::THREADS)
+        worst = max(worst, key_of(__uint_as_float((uint32_t)(s->list[j] >> 32))));
+    worst = __reduce_max_sync(ALL_LANES, worst);
+    __syncthreads();
+    if (threadIdx.x == 0)
+        s->last_high = 0;
+    __syncthreads();
+    if (lane_id() == 0)
+        atomicMax(&s->last_high, worst);
+    __syncthreads();
+    worst = s->last_high;
+    for (uint32_t j = threadIdx.x; j < listed; j += Z::THREADS)
+        equal += key_of(__uint_as_float((uint32_t)(s->list[j] >> 32))) == worst;
+    block_before(s, equal, 0, &total);
+    if (2 * total < listed)
+        return 0;
+    __syncthreads();
+    if (threadIdx.x == 0)
+        s->n_list = 0;
+    __syncthreads();
+    collect<Z>(worst, top_k);
+    if (s->n_list < top_k || s->n_list > Z::LIST)
+        return 0;
+    table_from_list(s, s->n_list, worst);
+    return 1;
 }
 
 /* ---- short rows ------------------------------------------------------------------------------ */
@@ -581,54 +655,86 @@ template <class Z>
 static __device__ __forceinline__ void feed_short(struct shared<Z> *s, const float *score,
                                                   uint32_t n, uint32_t top_k) {
     const int GROUPS = SHORT / 4 / Z::THREADS;
+    float4 x[GROUPS];
     uint32_t key[GROUPS * 4];
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
-        float4 x = load4(score, 4 * (g * Z::THREADS + threadIdx.x), n);
-        key[4 * g] = key_of(x.x);
-        key[4 * g + 1] = key_of(x.y);
-        key[4 * g + 2] = key_of(x.z);
-        key[4 * g + 3] = key_of(x.w);
+        uint32_t i = 4 * (g * Z::THREADS + threadIdx.x);
+        x[g] = 4 * (g + 1) * Z::THREADS <= n ? __ldg((const float4 *)(score + i))
+                                             : load4(score, i, n);
     }
 #pragma unroll
-    for (int i = 0; i < GROUPS * 4; i++)
-        if (key[i] != KEY_MASKED)
-            atomicAdd(&s->hist[key[i] >> 21], 1u);
+    for (int g = 0; g < GROUPS; g++) {
+        key[4 * g] = key_of(x[g].x);
+        key[4 * g + 1] = key_of(x[g].y);
+        key[4 * g + 2] = key_of(x[g].z);
+        key[4 * g + 3] = key_of(x[g].w);
+        if (4 * g * Z::THREADS < n) {
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                atomicAdd(&s->hist[key[4 * g + i] >> 21], 1u);
+        }
+    }
     __syncthreads();
-    scan_hist(s, top_k);
-    uint32_t bin = s->bin, count = s->count, n_list = s->before + count;
+    scan_hist(s, top_k, 1);
+    uint32_t bin = s->bin, count = s->count;
     if (s->total == 0)
         return;
-    if (n_list > Z::LIST) {
-        exact_select<Z>(score, n, top_k);
+    if (s->before + count > Z::LIST) {
+        exact_select<Z>();
         return;
     }
-    uint32_t edge = min(bin << 21 | 0x1FFFFFu, KEY_NAN), take = 0;
+    uint32_t low = bin << 21, edge = low | 0x1FFFFFu, take = 0;
 #pragma unroll
     for (int i = 0; i < GROUPS * 4; i++)
         take += key[i] <= edge;
-    uint32_t at = reserve(s, take), low = edge, high = 0;
+    uint32_t at = reserve(s, take);
 #pragma unroll
-    for (int i = 0; i < GROUPS * 4; i++) {
-        if (key[i] <= edge) {
-            s->list[at++] =
-                pair(key[i], 4 * (i / 4 * Z::THREADS + threadIdx.x) + i % 4);
+    for (int i = 0; i < GROUPS * 4; i++)
+        if (key[i] <= edge)
+            s->list[at++] = pair(key[i], 4 * (i / 4 * Z::THREADS + threadIdx.x) + i % 4);
+    if (count <= WIDE_BIN) {
+        if (threadIdx.x == 0) {
+            s->last_low = low;
+            s->last_high = edge;
         }
-        if (key[i] >> 21 == bin && key[i] <= edge) {
-            low = min(low, key[i]);
-            high = max(high, key[i]);
+    } else {
+        uint32_t worst = 0, best = edge;
+#pragma unroll
+        for (int i = 0; i < GROUPS * 4; i++) {
+            if (key[i] <= edge)
+                worst = max(worst, key[i]);
+            if (key[i] >= low)
+                best = min(best, key[i]);
         }
-    }
-    low = __reduce_min_sync(ALL_LANES, low);
-    high = __reduce_max_sync(ALL_LANES, high);
-    if (lane_id() == 0) {
-        atomicMin(&s->last_low, low);
-        atomicMax(&s->last_high, high);
+        worst = __reduce_max_sync(ALL_LANES, worst);
+        best = __reduce_min_sync(ALL_LANES, best);
+        if (lane_id() == 0) {
+            atomicMax(&s->last_high, worst);
+            atomicMin(&s->last_low, best);
+        }
     }
     __syncthreads();
 }
 
 /* ---- long rows ------------------------------------------------------------------------------- */
+
+/* This thread's part of a round of the sample: neighbouring scores, so that a sector serves. */
+template <class Z>
+static __device__ __forceinline__ void load_sample(uint32_t *key, const float *score, uint32_t n,
+                                                   uint32_t round, uint32_t doublings) {
+    const int EACH = SAMPLE / Z::THREADS;
+    uint32_t which = (round * Z::THREADS + threadIdx.x) << ((Z::THREADS == 512 ? 23 : 22) - doublings);
+    const float *from = score + (uint64_t)__umulhi(which, n / EACH) * EACH;
+#pragma unroll
+    for (int j = 0; j < EACH; j += 4) {
+        float4 x = __ldg((const float4 *)(from + j));
+        key[j] = key_of(x.x);
+        key[j + 1] = key_of(x.y);
+        key[j + 2] = key_of(x.z);
+        key[j + 3] = key_of(x.w);
+    }
+}
 
 /* A key that, by a sample spread over the row, about the top_k best and a margin reach. The margin
  * is 3.3 standard deviations of the sample's count. KEY_MASKED: the sample gives no number to
@@ -637,36 +743,36 @@ template <class Z>
 static __device__ __forceinline__ uint32_t sampled_edge(struct shared<Z> *s, const float *score,
                                                         uint32_t n, uint32_t top_k) {
     const int EACH = SAMPLE / Z::THREADS;
-    uint32_t key[EACH];
-    uint32_t i = __umulhi(threadIdx.x << (Z::THREADS == 512 ? 23 : 22), n / EACH) * EACH;
+    uint32_t key[EACH], doublings = 0;
+    while (doublings < 14 && n >> doublings > SAMPLE_REACH)
+        doublings++;
+    uint32_t rounds = 1u << doublings;
+    for (uint32_t r = 0; r < rounds; r++) {
+        load_sample<Z>(key, score, n, r, doublings);
 #pragma unroll
-    for (int j = 0; j < EACH; j += 4) {
-        float4 x = __ldg((const float4 *)(score + i + j));
-        key[j] = key_of(x.x);
-        key[j + 1] = key_of(x.y);
-        key[j + 2] = key_of(x.z);
-        key[j + 3] = key_of(x.w);
-    }
-#pragma unroll
-    for (int j = 0; j < EACH; j++)
-        if (key[j] != KEY_MASKED)
+        for (int j = 0; j < EACH; j++)
             atomicAdd(&s->hist[key[j] >> 21], 1u);
-    float mean = (float)top_k * ((float)SAMPLE / (float)n);
-    uint32_t rank = (uint32_t)(mean + 3.3f * sqrtf(mean) + 4.0f);
+    }
+    float mean = __fdividef((float)top_k * SAMPLE * (float)rounds, (float)n);
+    uint32_t rank = (uint32_t)(mean + 3.3f * mean * rsqrtf(mean) + 4.0f);
     __syncthreads();
-    scan_hist(s, rank);
+    scan_hist(s, rank, 1);
     uint32_t bin = s->bin, rest = rank - s->before;
-    if (s->total < rank || (float)rank * (float)n > 0.97f * Z::LIST * SAMPLE)
+    if (s->total < rank || (float)rank * (float)n > 0.97f * Z::LIST * SAMPLE * (float)rounds)
         return KEY_MASKED;
     __syncthreads();
     zero_hist(s);
     __syncthreads();
+    for (uint32_t r = rounds; r-- > 0;) {
+        if (r + 1 < rounds) /* the last round's keys are still there */
+            load_sample<Z>(key, score, n, r, doublings);
 #pragma unroll
-    for (int j = 0; j < EACH; j++)
-        if (key[j] >> 21 == bin && key[j] != KEY_MASKED)
-            atomicAdd(&s->hist[key[j] >> 10 & 2047], 1u);
+        for (int j = 0; j < EACH; j++)
+            if (key[j] >> 21 == bin)
+                atomicAdd(&s->hist[key[j] >> 10 & 2047], 1u);
+    }
     __syncthreads();
-    scan_hist(s, rest);
+    scan_hist(s, rest, 0);
     uint32_t edge = bin << 21 | s->bin << 10 | 1023;
     return edge < 0xFF800000u ? edge : KEY_MASKED;
 }
@@ -691,15 +797,7 @@ static __device__ __forceinline__ void stream(struct shared<Z> *s, const float *
     for (uint32_t begin = threadIdx.x / LANES * 512; begin < n; begin += 16 * Z::THREADS) {
         float4 x[4];
         uint32_t first = begin + 4 * lane_id(), mask = 0;
-        if (begin + 512 <= n) {
-#pragma unroll
-            for (int g = 0; g < 4; g++)
-                x[g] = __ldg((const float4 *)(score + first + 128 * g));
-        } else {
-#pragma unroll
-            for (int g = 0; g < 4; g++)
-                x[g] = load4(score, first + 128 * g, n);
-        }
+        load16(x, score, begin, n);
 #pragma unroll
         for (int g = 0; g < 4; g++)
             mask |= reach(x[g], threshold) << 4 * g;
@@ -738,8 +836,10 @@ static __device__ __forceinline__ void feed_long(struct shared<Z> *s, const floa
             table_from_list(s, n_list, edge);
             return;
         }
+        if (n_list > Z::LIST && plateau_select<Z>())
+            return;
     }
-    exact_select<Z>(score, n, top_k);
+    exact_select<Z>();
 }
 
 /* ---- kernels --------------------------------------------------------------------------------- */
@@ -811,19 +911,15 @@ template <class Z>
 static __device__ __forceinline__ void gather(struct shared<Z> *s, const uint64_t *region,
                                               const uint32_t *found, uint32_t blocks) {
     for (uint32_t b = threadIdx.x / LANES; b < blocks; b += Z::WARPS) {
-        uint32_t count = __ldcg(found + b), at = 0;
-        if (lane_id() == 0)
-            at = atomicAdd(&s->n_list, min(count, (uint32_t)Z::LIST + 1));
-        at = __shfl_sync(ALL_LANES, at, 0);
-        if (count + 4 > SPLIT_ROOM && lane_id() == 0)
-            s->flag = 1; /* the region lost some */
-        if (at + count > Z::LIST || count > SPLIT_ROOM)
-            continue;
-        for (uint32_t j = lane_id(); j < count; j += LANES) {
-            uint64_t item = __ldcg((const unsigned long long *)region + b * SPLIT_ROOM + j);
-            s->list[at + j] = pair(key_of(__uint_as_float((uint32_t)(item >> 32))),
-                                   (uint32_t)item);
+        uint32_t count = __ldcg(found + b), kept = min(count, (uint32_t)SPLIT_ROOM - 4), at = 0;
+        if (lane_id() == 0) {
+            at = atomicAdd(&s->n_list, kept);
+            if (kept < count)
+                s->flag = 1; /* the region lost some */
         }
+        at = __shfl_sync(ALL_LANES, at, 0);
+        for (uint32_t j = lane_id(); j < kept && at + j < Z::LIST; j += LANES)
+            s->list[at + j] = __ldcg((const unsigned long long *)region + b * SPLIT_ROOM + j);
     }
     __syncthreads();
 }
@@ -877,10 +973,12 @@ split_kernel(const __grid_constant__ struct launch l) {
     if (edge != KEY_MASKED)
         gather(s, region, found, busy);
     uint32_t n_list = s->n_list;
-    if (n_list < (uint32_t)p->top_k || n_list > Z::LIST || s->flag)
-        exact_select<Z>(score, n, p->top_k);
-    else
+    if (n_list >= (uint32_t)p->top_k && n_list <= Z::LIST && !s->flag) {
+        make_keys(s, n_list);
         table_from_list(s, n_list, edge);
+    } else if (n_list <= Z::LIST || !plateau_select<Z>()) {
+        exact_select<Z>();
+    }
     finish_row(s, p);
 }
 
