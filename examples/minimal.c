@@ -22,7 +22,8 @@ int main(void) {
 
     int32_t best[8];
     struct lidx_device cpu = {LIDX_CPU, 0};
-    struct lidx_dtype bf16 = {LIDX_BFLOAT, 16, 1}, f32 = {LIDX_FLOAT, 32, 1}, i32 = {LIDX_INT, 32, 1};
+    struct lidx_dtype bf16 = {LIDX_BFLOAT, 16, 1}, f32 = {LIDX_FLOAT, 32, 1},
+                      i32 = {LIDX_INT, 32, 1};
     struct lidx_tensor q = {query, cpu, 4, bf16, (int64_t[]){1, 1, 64, 128}, NULL, 0};
     struct lidx_tensor k = {key, cpu, 4, bf16, (int64_t[]){1, 1000, 1, 128}, NULL, 0};
     struct lidx_tensor w = {weights, cpu, 3, f32, (int64_t[]){1, 1, 64}, NULL, 0};

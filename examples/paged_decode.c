@@ -12,8 +12,16 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SEQUENCES = 3, HEADS = 64, DIM = 128, BLOCK = 64, POOL = 96, MAX_PAGES = 32, TOP_K = 256,
-       STEPS = 100 };
+enum {
+    SEQUENCES = 3,
+    HEADS = 64,
+    DIM = 128,
+    BLOCK = 64,
+    POOL = 96,
+    MAX_PAGES = 32,
+    TOP_K = 256,
+    STEPS = 100
+};
 
 /* The cache: pages in any order, and for each sequence which pages hold it. */
 static uint16_t pool[POOL][BLOCK][DIM];
@@ -70,7 +78,8 @@ static int decode(struct lidx_context *context) {
     struct lidx_tensor k = {pool, cpu, 4, bf16, (int64_t[]){POOL, BLOCK, 1, DIM}, NULL, 0};
     struct lidx_tensor w = {weights, cpu, 3, f32, (int64_t[]){SEQUENCES, 1, HEADS}, NULL, 0};
     struct lidx_tensor n = {length, cpu, 1, i32, (int64_t[]){SEQUENCES}, NULL, 0};
-    struct lidx_tensor table = {block_table, cpu, 2, i32, (int64_t[]){SEQUENCES, MAX_PAGES}, NULL, 0};
+    struct lidx_tensor table = {block_table, cpu, 2, i32, (int64_t[]){SEQUENCES, MAX_PAGES},
+                                NULL,        0};
     struct lidx_tensor indices = {best, cpu, 4, i32, out_shape, NULL, 0};
     struct lidx_tensor values = {score, cpu, 4, f32, out_shape, NULL, 0};
     struct lidx_args args = LIDX_ARGS_INIT;

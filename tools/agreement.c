@@ -74,8 +74,8 @@ static int allocate(struct row *row) {
 }
 
 static int prepare(struct row *row) {
-    if (!allocate(row) || !reference_scores(row->operation, row->index, row->batch, row->visible,
-                                            row->scores))
+    if (!allocate(row) ||
+        !reference_scores(row->operation, row->index, row->batch, row->visible, row->scores))
         return refuse("no memory to check a row of %" PRId64 " keys", row->visible);
     reference_rank(row->ranked, row->scores, row->visible);
     for (int64_t r = 0; r < row->visible; r++) {
@@ -108,13 +108,14 @@ static int compare_range(struct row *row) {
         int64_t j = row->indices[s];
         const struct ranked *should = &row->ranked[s];
         if (j < 0 || j >= row->visible)
-            report(row, s, "got key %" PRId64 ", which is none of the %" PRId64 " it sees; should "
-                           "be key %" PRId64 " (score %.9g)",
+            report(row, s,
+                   "got key %" PRId64 ", which is none of the %" PRId64 " it sees; should "
+                   "be key %" PRId64 " (score %.9g)",
                    j, row->visible, should->position, should->score);
         else if (row->chosen[j])
-            report(row, s, "got key %" PRId64 " a second time; should be key %" PRId64
-                           " (score %.9g)",
-                   j, should->position, should->score);
+            report(row, s,
+                   "got key %" PRId64 " a second time; should be key %" PRId64 " (score %.9g)", j,
+                   should->position, should->score);
         else
             row->chosen[j] = 1;
     }
@@ -136,8 +137,9 @@ static void compare_set(struct row *row) {
         int both_nan = score != score && row->kth != row->kth;
         if (both_nan || is_worse(score, row->kth, row->tolerance) ||
             is_worse(row->kth, should->score, row->tolerance))
-            report(row, s, "got key %" PRId64 " (true score %.9g), should be key %" PRId64
-                           " (%.9g); the last that belongs has %.9g",
+            report(row, s,
+                   "got key %" PRId64 " (true score %.9g), should be key %" PRId64
+                   " (%.9g); the last that belongs has %.9g",
                    j, score, should->position, should->score, row->kth);
         else
             row->agreement->within++;
@@ -157,8 +159,9 @@ static void compare_plateau(struct row *row) {
     for (int64_t j = 0; j < last; j++)
         if (!row->chosen[j] && row->scores[j] == 0 &&
             reference_plain_zero(row->operation, row->index, row->batch, j)) {
-            report(row, row->filled - 1, "got key %" PRId64 " with score 0, should be key %" PRId64
-                                         " with the same score, which comes first",
+            report(row, row->filled - 1,
+                   "got key %" PRId64 " with score 0, should be key %" PRId64
+                   " with the same score, which comes first",
                    last, j);
             return;
         }
@@ -171,8 +174,9 @@ static void compare_order(struct row *row) {
         double x = row->scores[a], y = row->scores[b];
         if (!row->values) {
             if (is_worse(x, y, 2 * tolerance_at(row, y)))
-                report(row, s, "got key %" PRId64 " (true score %.9g) behind key %" PRId64
-                               " (%.9g); should be before it",
+                report(row, s,
+                       "got key %" PRId64 " (true score %.9g) behind key %" PRId64
+                       " (%.9g); should be before it",
                        b, y, a, x);
             continue;
         }
@@ -181,8 +185,9 @@ static void compare_order(struct row *row) {
         if (is_worse(x, y, 0))
             report(row, s, "got value %.9g behind %.9g; should be in descending order", y, x);
         else if (row->value_epsilon == 0 && same(x, y) && a > b)
-            report(row, s, "got key %" PRId64 " behind key %" PRId64 " with the same value %.9g; "
-                           "should be in order of position",
+            report(row, s,
+                   "got key %" PRId64 " behind key %" PRId64 " with the same value %.9g; "
+                   "should be in order of position",
                    b, a, y);
     }
 }
@@ -229,8 +234,12 @@ static int compare(struct row *row) {
 
 int agreement_row(struct agreement *agreement, const struct operation *operation, int64_t index,
                   const int32_t *indices, const double *values, double value_epsilon) {
-    struct row row = {.agreement = agreement, .operation = operation, .index = index,
-                      .k = operation->args.sparse_count, .indices = indices, .values = values,
+    struct row row = {.agreement = agreement,
+                      .operation = operation,
+                      .index = index,
+                      .k = operation->args.sparse_count,
+                      .indices = indices,
+                      .values = values,
                       .value_epsilon = value_epsilon};
     row.visible = reference_visible(operation, index, &row.batch);
     row.filled = row.visible < row.k ? row.visible : row.k;

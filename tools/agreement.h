@@ -22,10 +22,10 @@ struct finding {
 
 struct agreement {
     int64_t rows, rows_wrong;
-    int64_t slots;       /* that should hold an index */
-    int64_t within;      /* indices that differ from the reference's, but are as good */
+    int64_t slots;  /* that should hold an index */
+    int64_t within; /* indices that differ from the reference's, but are as good */
     int64_t n_findings;
-    double worst_value;  /* the largest error of a value, relative to the row's largest |score| */
+    double worst_value; /* the largest error of a value, relative to the row's largest |score| */
     struct finding findings[FINDINGS];
 };
 

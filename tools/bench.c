@@ -20,37 +20,86 @@ enum { CASES = 128 };
 
 static const char *const dtype_names[] = {"bf16", "fp16", NULL};
 
-
 static const char *shapes, *threads, *kernels;
 static int64_t n_heads = 64, head_dim = 128, sparse_count = LIDX_DEFAULT_TOP_K, block_size = 64,
                seed = 1, n_rounds = 7, round_ms = 60;
 static int dtype, layout = -1, as_json, as_markdown;
 
 static const struct option options[] = {
-    {.name = "shape", .kind = OPTION_TEXT, .target = &shapes, .value = "LIST",
+    {.name = "shape",
+     .kind = OPTION_TEXT,
+     .target = &shapes,
+     .value = "LIST",
      .help = "query tokens x keys, such as 1x4096,64x8192; causal where tokens > 1"},
-    {.name = "layout", .kind = OPTION_CHOICE, .target = &layout, .choices = layout_names,
+    {.name = "layout",
+     .kind = OPTION_CHOICE,
+     .target = &layout,
+     .choices = layout_names,
      .help = "of the keys (default: BSND and, for one token, PA_BSND)"},
-    {.name = "block-size", .kind = OPTION_INTEGER, .target = &block_size, .low = 16, .high = 1024,
-     .value = "N", .help = "keys of a page (default 64); pages are shuffled"},
-    {.name = "heads", .kind = OPTION_INTEGER, .target = &n_heads, .low = 1, .high = LIDX_MAX_HEADS,
-     .value = "N", .help = "default 64"},
-    {.name = "dim", .kind = OPTION_INTEGER, .target = &head_dim, .low = 64, .high = 128,
-     .value = "N", .help = "64 or 128, the default"},
-    {.name = "dtype", .kind = OPTION_CHOICE, .target = &dtype, .choices = dtype_names,
+    {.name = "block-size",
+     .kind = OPTION_INTEGER,
+     .target = &block_size,
+     .low = 16,
+     .high = 1024,
+     .value = "N",
+     .help = "keys of a page (default 64); pages are shuffled"},
+    {.name = "heads",
+     .kind = OPTION_INTEGER,
+     .target = &n_heads,
+     .low = 1,
+     .high = LIDX_MAX_HEADS,
+     .value = "N",
+     .help = "default 64"},
+    {.name = "dim",
+     .kind = OPTION_INTEGER,
+     .target = &head_dim,
+     .low = 64,
+     .high = 128,
+     .value = "N",
+     .help = "64 or 128, the default"},
+    {.name = "dtype",
+     .kind = OPTION_CHOICE,
+     .target = &dtype,
+     .choices = dtype_names,
      .help = "default bf16"},
-    {.name = "sparse-count", .kind = OPTION_INTEGER, .target = &sparse_count, .low = 1,
-     .high = LIDX_MAX_TOP_K, .value = "K", .help = "default 2048"},
-    {.name = "kernel", .kind = OPTION_TEXT, .target = &kernels, .value = "LIST",
+    {.name = "sparse-count",
+     .kind = OPTION_INTEGER,
+     .target = &sparse_count,
+     .low = 1,
+     .high = LIDX_MAX_TOP_K,
+     .value = "K",
+     .help = "default 2048"},
+    {.name = "kernel",
+     .kind = OPTION_TEXT,
+     .target = &kernels,
+     .value = "LIST",
      .help = "such as avx2,scalar (default: the best)"},
-    {.name = "threads", .kind = OPTION_TEXT, .target = &threads, .value = "LIST",
+    {.name = "threads",
+     .kind = OPTION_TEXT,
+     .target = &threads,
+     .value = "LIST",
      .help = "such as 1,2; 0 means all (default: 1 and all)"},
-    {.name = "rounds", .kind = OPTION_INTEGER, .target = &n_rounds, .low = 1, .high = 64,
-     .value = "N", .help = "default 7"},
-    {.name = "round-ms", .kind = OPTION_INTEGER, .target = &round_ms, .low = 0, .high = 60000,
-     .value = "N", .help = "milliseconds of calls in a round (default 60)"},
-    {.name = "seed", .kind = OPTION_INTEGER, .target = &seed, .low = 0, .high = INT64_MAX,
-     .value = "N", .help = "of the random tensors (default 1)"},
+    {.name = "rounds",
+     .kind = OPTION_INTEGER,
+     .target = &n_rounds,
+     .low = 1,
+     .high = 64,
+     .value = "N",
+     .help = "default 7"},
+    {.name = "round-ms",
+     .kind = OPTION_INTEGER,
+     .target = &round_ms,
+     .low = 0,
+     .high = 60000,
+     .value = "N",
+     .help = "milliseconds of calls in a round (default 60)"},
+    {.name = "seed",
+     .kind = OPTION_INTEGER,
+     .target = &seed,
+     .low = 0,
+     .high = INT64_MAX,
+     .value = "N",
+     .help = "of the random tensors (default 1)"},
     {.name = "json", .kind = OPTION_FLAG, .target = &as_json, .help = "print JSON"},
     {.name = "markdown", .kind = OPTION_FLAG, .target = &as_markdown, .help = "print markdown"},
     {.name = NULL},
@@ -59,12 +108,13 @@ static const struct option options[] = {
 static const struct command command = {
     "bench",
     "",
-    "Times score and top-k over shapes, and in the same rounds the peak of the instruction that\n"
-    "the kernel multiplies with, on the same threads (Gflop/s before the first round and after the\n"
-    "last). \"of peak\" is the median over rounds of flop/s over that peak, \"at best\" the fastest\n"
-    "call against the highest peak: where the two are far apart, other work had the cores.\n"
-    "\"of n x 1\" divides by n times the peak of one core alone. \"memory\" is what the process grew\n"
-    "by from before the context was made to after its first run, without inputs and outputs.",
+    "Times score and top-k over shapes, and in the same rounds the peak of the instruction\n"
+    "that the kernel multiplies with, on the same threads (Gflop/s before the first round\n"
+    "and after the last). \"of peak\" is the median over rounds of flop/s over that peak, \"at\n"
+    "best\" the fastest call against the highest peak: where the two are far apart, other\n"
+    "work had the cores. \"of n x 1\" divides by n times the peak of one core alone. \"memory\"\n"
+    "is what the process grew by from before the context was made to after its first run,\n"
+    "without inputs and outputs.",
     0,
     0,
     {options, NULL},
@@ -96,12 +146,14 @@ static int add_case(int64_t n_query, int64_t n_key, int key_layout) {
         while ((thread_list = next_item(thread_list, item, sizeof item))) {
             int64_t n;
             if (!parse_integer(item, 0, LIDX_MAX_THREADS, &n))
-                return refuse("--threads has \"%.20s\"; it should be a list of numbers from 0 to %d",
-                              item, LIDX_MAX_THREADS);
+                return refuse(
+                    "--threads has \"%.20s\"; it should be a list of numbers from 0 to %d", item,
+                    LIDX_MAX_THREADS);
             if (n_cases == CASES)
-                return refuse("there are more than %d cases; --shape, --kernel and --threads should "
-                              "ask for fewer",
-                              CASES);
+                return refuse(
+                    "there are more than %d cases; --shape, --kernel and --threads should "
+                    "ask for fewer",
+                    CASES);
             struct bench_case *c = &cases[n_cases++];
             *c = (struct bench_case){.n_query = n_query, .n_key = n_key, .layout = key_layout};
             c->asked_threads = (int)n;
@@ -220,8 +272,11 @@ static void free_pool(struct pool *pool) {
 }
 
 static struct lidx_tensor view(void *data, int code, int bits, int ndim, int64_t *shape) {
-    return (struct lidx_tensor){.data = data, .device = {LIDX_CPU, 0}, .ndim = ndim,
-                                .dtype = {(uint8_t)code, (uint8_t)bits, 1}, .shape = shape};
+    return (struct lidx_tensor){.data = data,
+                                .device = {LIDX_CPU, 0},
+                                .ndim = ndim,
+                                .dtype = {(uint8_t)code, (uint8_t)bits, 1},
+                                .shape = shape};
 }
 
 /* ---- one case -------------------------------------------------------------------------------- */
@@ -270,8 +325,8 @@ static int run_case(struct bench_case *c, const struct pool *pool) {
     int64_t out_shape[] = {1, c->n_query, 1, sparse_count}, table_shape[] = {1, pages};
     struct lidx_tensor query = view(pool->query, code, 16, 4 - packed, query_shape + packed);
     struct lidx_tensor key = view(pool->key, code, 16, 4 - packed, key_shape + packed);
-    struct lidx_tensor weights = view(pool->weights, LIDX_FLOAT, 32, 3 - packed,
-                                      weights_shape + packed);
+    struct lidx_tensor weights =
+        view(pool->weights, LIDX_FLOAT, 32, 3 - packed, weights_shape + packed);
     struct lidx_tensor indices = view(pool->indices, LIDX_INT, 32, 4 - packed, out_shape + packed);
     struct lidx_tensor values = view(pool->values, LIDX_FLOAT, 32, 4 - packed, out_shape + packed);
     struct lidx_tensor query_lengths = view(&query_length, LIDX_INT, 32, 1, &one);
@@ -306,8 +361,8 @@ static void case_name(char text[CELL], const struct bench_case *c) {
 }
 
 static void print_table(void) {
-    static const char *const heading[] = {"case",   "keys",     "kernel", "threads",
-                                          "median", "keys/s",   "Gflop/s", "peak",
+    static const char *const heading[] = {"case",    "keys",    "kernel",   "threads",
+                                          "median",  "keys/s",  "Gflop/s",  "peak",
                                           "of peak", "at best", "of n x 1", "memory/thread"};
     static struct table table = {.n_columns = 12};
     table_add(&table, heading);

@@ -15,8 +15,13 @@ static int as_json;
 static int64_t row_limit;
 
 static const struct option options[] = {
-    {.name = "rows", .kind = OPTION_INTEGER, .target = &row_limit, .low = 1, .high = INT64_MAX,
-     .value = "N", .help = "check N rows, evenly spread (default: all)"},
+    {.name = "rows",
+     .kind = OPTION_INTEGER,
+     .target = &row_limit,
+     .low = 1,
+     .high = INT64_MAX,
+     .value = "N",
+     .help = "check N rows, evenly spread (default: all)"},
     {.name = "json", .kind = OPTION_FLAG, .target = &as_json, .help = "print JSON"},
     {.name = NULL},
 };
@@ -24,10 +29,11 @@ static const struct option options[] = {
 static const struct command command = {
     "check",
     "FILE.safetensors [RESULT.safetensors]",
-    "Computes every score in double precision with plain loops and compares the sparse_indices\n"
-    "(and sparse_values) of RESULT with it; without RESULT, those of a run made now. Indices agree\n"
-    "when the true score of each that differs is within 1e-4 of the k-th (or 1e-6 of the row's\n"
-    "largest); order, ties, -1 and -inf are exact. Exit status: 0 all rows agree, 1 some differ.",
+    "Computes every score in double precision with plain loops and compares the\n"
+    "sparse_indices (and sparse_values) of RESULT with it; without RESULT, those of a run\n"
+    "made now. Indices agree when the true score of each that differs is within 1e-4 of the\n"
+    "k-th (or 1e-6 of the row's largest); order, ties, -1 and -inf are exact. Exit status:\n"
+    "0 all rows agree, 1 some differ.",
     1,
     2,
     {options, operation_options, engine_options, NULL},

@@ -8,7 +8,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "agreement.h"
 #include "commands.h"
@@ -29,13 +28,25 @@ static int is_full, as_json, ascii;
 static const char *keep;
 
 static const struct option options[] = {
-    {.name = "full", .kind = OPTION_FLAG, .target = &is_full,
+    {.name = "full",
+     .kind = OPTION_FLAG,
+     .target = &is_full,
      .help = "256 query tokens over a 128K-token context"},
-    {.name = "seed", .kind = OPTION_INTEGER, .target = &seed, .low = 0, .high = INT64_MAX,
-     .value = "N", .help = "of the whole scene (default 1)"},
-    {.name = "keep", .kind = OPTION_TEXT, .target = &keep, .value = "FILE.safetensors",
+    {.name = "seed",
+     .kind = OPTION_INTEGER,
+     .target = &seed,
+     .low = 0,
+     .high = INT64_MAX,
+     .value = "N",
+     .help = "of the whole scene (default 1)"},
+    {.name = "keep",
+     .kind = OPTION_TEXT,
+     .target = &keep,
+     .value = "FILE.safetensors",
      .help = "keep the input, for lidx run and lidx check"},
-    {.name = "ascii", .kind = OPTION_FLAG, .target = &ascii,
+    {.name = "ascii",
+     .kind = OPTION_FLAG,
+     .target = &ascii,
      .help = "draw with plain characters, also where UTF-8 works"},
     {.name = "json", .kind = OPTION_FLAG, .target = &as_json, .help = "print JSON"},
     {.name = NULL},
@@ -44,10 +55,11 @@ static const struct option options[] = {
 static const struct command command = {
     "demo",
     "",
-    "Makes a 32K-token context with DeepSeek-V3.2's shapes (64 heads x 128, top 2048) in which four\n"
-    "passages are planted, writes it to a safetensors file, runs the operator on that file for the\n"
-    "last 16 tokens, which ask for the passages, and shows from the written result how much of each\n"
-    "was found, where each token looked, and how fast it was.",
+    "Makes a 32K-token context with DeepSeek-V3.2's shapes (64 heads x 128, top 2048) in\n"
+    "which four passages are planted, writes it to a safetensors file, runs the operator on\n"
+    "that file for the last 16 tokens, which ask for the passages, and shows from the\n"
+    "written result how much of each was found, where each token looked, and how fast it\n"
+    "was.",
     0,
     0,
     {options, engine_options, NULL},
@@ -79,16 +91,12 @@ static int make_files(struct files *files) {
         return refuse("cannot create a directory like %s: %s", files->directory, strerror(errno));
     snprintf(files->input, sizeof files->input, "%s/input.safetensors", files->directory);
     snprintf(files->result, sizeof files->result, "%s/result.safetensors", files->directory);
+    output_add_scratch(files->input);
+    output_add_scratch(files->result);
+    output_add_scratch(files->directory);
     if (keep)
         snprintf(files->input, sizeof files->input, "%s", keep);
     return EXIT_FINE;
-}
-
-static void remove_files(const struct files *files) {
-    if (!keep)
-        unlink(files->input);
-    unlink(files->result);
-    rmdir(files->directory);
 }
 
 /* ---- what was found -------------------------------------------------------------------------- */
@@ -156,9 +164,9 @@ static int explore(struct outcome *o, struct operation *operation, const char *r
     progress("timing ...");
     const struct speed_effort effort = {7, 0.06, 0.02};
     o->pairs = reference_pairs(operation);
-    status = speed_measure(operation->context, &operation->args, operation->kernel,
-                           operation->n_threads, o->pairs * SCENE_HEADS * SCENE_DIM * 2, &effort,
-                           &o->speed);
+    status =
+        speed_measure(operation->context, &operation->args, operation->kernel, operation->n_threads,
+                      o->pairs * SCENE_HEADS * SCENE_DIM * 2, &effort, &o->speed);
     return status ? status : check_rows(o, operation);
 }
 
@@ -177,7 +185,8 @@ static void print_table(const struct outcome *o, const struct operation *operati
            1e-9 * o->pairs * SCENE_HEADS * SCENE_DIM * 2 / o->speed.seconds);
     if (o->speed.fraction > 0)
         printf("  of measured peak    %.2f, %.2f at best (peak %.1f before, %.1f Gflop/s after)\n",
-               o->speed.fraction, o->speed.best_fraction, 1e-9 * o->speed.peak_before, 1e-9 * o->speed.peak_after);
+               o->speed.fraction, o->speed.best_fraction, 1e-9 * o->speed.peak_before,
+               1e-9 * o->speed.peak_after);
     else
         printf("  of measured peak    - (no peak is defined for kernel %s)\n", operation->kernel);
     printf("  recall              %.3f of the planted passages (%.3f by chance)\n", o->recall,
@@ -192,8 +201,9 @@ static void print_picture(const struct outcome *o) {
     picture_init(&picture, o->scene.n_key, MARGIN, ascii);
     for (int p = 0; p < o->scene.n_planted; p++)
         picture_mark(&picture, marks, o->scene.planted[p] + PLANTED_LENGTH / 2, (char)('A' + p));
-    printf("\nWhich positions each token chose: height is the share of a stretch of the context, a\n"
-           "blank less than 1 in 16; the letters mark the planted passages\n\n");
+    printf(
+        "\nWhich positions each token chose: height is the share of a stretch of the context, a\n"
+        "blank less than 1 in 16; the letters mark the planted passages\n\n");
     printf("%*s%s\n", MARGIN - 8, "", marks);
     int64_t rows = o->scene.n_query < ROWS_DRAWN ? o->scene.n_query : ROWS_DRAWN;
     for (int64_t r = 0; r < rows; r++) {
@@ -267,6 +277,6 @@ int command_demo(int argc, char **argv) {
         operation_close(&operation);
     }
     free(outcome.indices);
-    remove_files(&files);
+    output_remove_scratch();
     return status;
 }

@@ -19,8 +19,9 @@ static const struct option options[] = {
 static const struct command command = {
     "info",
     "",
-    "Prints the version, what the CPU offers, and every kernel of this build: whether this machine\n"
-    "can run it, whether it is chosen when none is forced, and why. LIDX_KERNEL forces one.",
+    "Prints the version, what the CPU offers, and every kernel of this build: whether this\n"
+    "machine can run it, whether it is chosen when none is forced, and why. LIDX_KERNEL\n"
+    "forces one.",
     0,
     0,
     {options, NULL},

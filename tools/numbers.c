@@ -51,7 +51,7 @@ uint16_t float_to_f16(float x) {
     if (a < 0x1p-14f) /* subnormal: a whole number of 2^-24, and 1024 of them are normal again */
         return (uint16_t)(sign | (uint16_t)lrintf(a * 0x1p24f));
     int exponent;
-    float mantissa = frexpf(a, &exponent); /* in [0.5, 1) */
+    float mantissa = frexpf(a, &exponent);     /* in [0.5, 1) */
     long rounded = lrintf(mantissa * 2048.0f); /* 1024..2048: its top bit adds 1 to the exponent */
     return (uint16_t)(sign | (uint16_t)(((exponent + 13) << 10) + rounded));
 }
@@ -70,8 +70,8 @@ int64_t random_below(struct random *random, int64_t n) {
 /* The sum of four uniform 16-bit numbers: mean 2 * 65535, variance 4 * 65536^2 / 12. */
 float random_normal(struct random *random) {
     uint64_t x = random_bits(random);
-    int32_t sum = (int32_t)(x & 0xFFFF) + (int32_t)(x >> 16 & 0xFFFF) + (int32_t)(x >> 32 & 0xFFFF) +
-                  (int32_t)(x >> 48);
+    int32_t sum = (int32_t)(x & 0xFFFF) + (int32_t)(x >> 16 & 0xFFFF) +
+                  (int32_t)(x >> 32 & 0xFFFF) + (int32_t)(x >> 48);
     return (float)(sum - 131070) * (1.7320508f / 65536.0f);
 }
 

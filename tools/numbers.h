@@ -22,8 +22,8 @@ int64_t random_below(struct random *random, int64_t n);
 float random_normal(struct random *random); /* nearly normal: mean 0, variance 1, within 3.5 */
 void random_shuffle(struct random *random, int32_t *list, int64_t n);
 
-double now(void); /* seconds, monotonic */
+double now(void);                     /* seconds, monotonic */
 double median(double *values, int n); /* sorts them */
-int default_threads(void); /* what a context gets that asks for 0 threads */
+int default_threads(void);            /* what a context gets that asks for 0 threads */
 
 #endif

@@ -23,24 +23,49 @@ static struct {
 } wanted = {.layout_query = -1, .layout_key = -1, .mode = -1, .sparse_count = -1};
 
 const struct option operation_options[] = {
-    {.name = "layout-query", .kind = OPTION_CHOICE, .target = &wanted.layout_query,
-     .choices = layout_names, .help = "of query, weights and the outputs (not PA_BSND)"},
-    {.name = "layout-key", .kind = OPTION_CHOICE, .target = &wanted.layout_key,
-     .choices = layout_names, .help = "of key"},
-    {.name = "sparse-count", .kind = OPTION_INTEGER, .target = &wanted.sparse_count, .low = 1,
-     .high = LIDX_MAX_TOP_K, .value = "K", .help = "keys to select for each token (default 2048)"},
-    {.name = "sparse-mode", .kind = OPTION_CHOICE, .target = &wanted.mode, .choices = mode_names,
+    {.name = "layout-query",
+     .kind = OPTION_CHOICE,
+     .target = &wanted.layout_query,
+     .choices = layout_names,
+     .help = "of query, weights and the outputs (not PA_BSND)"},
+    {.name = "layout-key",
+     .kind = OPTION_CHOICE,
+     .target = &wanted.layout_key,
+     .choices = layout_names,
+     .help = "of key"},
+    {.name = "sparse-count",
+     .kind = OPTION_INTEGER,
+     .target = &wanted.sparse_count,
+     .low = 1,
+     .high = LIDX_MAX_TOP_K,
+     .value = "K",
+     .help = "keys to select for each token (default 2048)"},
+    {.name = "sparse-mode",
+     .kind = OPTION_CHOICE,
+     .target = &wanted.mode,
+     .choices = mode_names,
      .help = "0: a token sees every key; 3: right-bottom causal (default)"},
-    {.name = "device", .kind = OPTION_CHOICE, .target = &wanted.device, .choices = device_names,
+    {.name = "device",
+     .kind = OPTION_CHOICE,
+     .target = &wanted.device,
+     .choices = device_names,
      .help = "where to run (default cpu)"},
     {.name = NULL},
 };
 
 const struct option engine_options[] = {
-    {.name = "kernel", .kind = OPTION_TEXT, .target = &wanted.kernel, .value = "NAME",
+    {.name = "kernel",
+     .kind = OPTION_TEXT,
+     .target = &wanted.kernel,
+     .value = "NAME",
      .help = "force a kernel; `lidx info` lists them (default: the best)"},
-    {.name = "threads", .kind = OPTION_INTEGER, .target = &wanted.n_threads, .low = 0,
-     .high = LIDX_MAX_THREADS, .value = "N", .help = "CPU threads; 0, the default, means all"},
+    {.name = "threads",
+     .kind = OPTION_INTEGER,
+     .target = &wanted.n_threads,
+     .low = 0,
+     .high = LIDX_MAX_THREADS,
+     .value = "N",
+     .help = "CPU threads; 0, the default, means all"},
     {.name = NULL},
 };
 
@@ -118,13 +143,12 @@ static int describe(struct operation *operation, enum operand_index index, const
 
 static int find_operands(struct operation *operation) {
     struct lidx_args *args = &operation->args;
-    const struct lidx_tensor **const slots[N_OPERANDS] = {
-        &args->query,
-        &args->key,
-        &args->weights,
-        &args->actual_seq_lengths_query,
-        &args->actual_seq_lengths_key,
-        &args->block_table};
+    const struct lidx_tensor **const slots[N_OPERANDS] = {&args->query,
+                                                          &args->key,
+                                                          &args->weights,
+                                                          &args->actual_seq_lengths_query,
+                                                          &args->actual_seq_lengths_key,
+                                                          &args->block_table};
     for (int i = 0; i < N_OPERANDS; i++) {
         const struct tensor *t = safetensors_find(&operation->file, operand_names[i]);
         if (!t && i <= WEIGHTS)
@@ -265,10 +289,14 @@ void operation_close(struct operation *operation) {
 
 int operation_save(const struct operation *operation, const char *path) {
     const struct lidx_args *args = &operation->args;
-    struct tensor tensors[2] = {{.name = "sparse_indices", .element = element_named("I32"),
-                                 .ndim = operation->indices.ndim, .data = operation->indices.data},
-                                {.name = "sparse_values", .element = element_named("F32"),
-                                 .ndim = operation->values.ndim, .data = operation->values.data}};
+    struct tensor tensors[2] = {{.name = "sparse_indices",
+                                 .element = element_named("I32"),
+                                 .ndim = operation->indices.ndim,
+                                 .data = operation->indices.data},
+                                {.name = "sparse_values",
+                                 .element = element_named("F32"),
+                                 .ndim = operation->values.ndim,
+                                 .data = operation->values.data}};
     for (int i = 0; i < 2; i++)
         memcpy(tensors[i].shape, operation->output_shape, sizeof tensors[i].shape);
     char count[16];

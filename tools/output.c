@@ -20,14 +20,33 @@
 static char pending[OUTPUT_PATH];
 static volatile sig_atomic_t is_pending;
 
+/* What else has to go in the end. */
+static char scratch[SCRATCH_PATHS][OUTPUT_PATH];
+static volatile sig_atomic_t n_scratch;
+
 static void remove_pending(void) {
     if (is_pending)
         unlink(pending);
     is_pending = 0;
 }
 
+void output_add_scratch(const char *path) {
+    if (n_scratch == SCRATCH_PATHS)
+        return;
+    snprintf(scratch[n_scratch], sizeof scratch[0], "%s", path);
+    n_scratch++;
+}
+
+void output_remove_scratch(void) {
+    for (int i = 0; i < n_scratch; i++)
+        if (unlink(scratch[i]) != 0)
+            rmdir(scratch[i]);
+    n_scratch = 0;
+}
+
 static void end_by_signal(int number) {
     remove_pending();
+    output_remove_scratch();
     signal(number, SIG_DFL);
     raise(number);
 }
@@ -37,6 +56,7 @@ static void input_shrank(int number) {
                                "failed; it should stay as it is while lidx runs\n";
     (void)number;
     remove_pending();
+    output_remove_scratch();
     if (write(STDERR_FILENO, text, sizeof text - 1) < 0)
         _exit(EXIT_TROUBLE);
     _exit(EXIT_TROUBLE);
@@ -147,8 +167,7 @@ static void sync_directory(const char *target) {
 
 int output_commit(struct output *output) {
     int fd = output->fd;
-    if (!output->direct &&
-        (fchmod(fd, wanted_mode(output->target)) != 0 || fsync(fd) != 0))
+    if (!output->direct && (fchmod(fd, wanted_mode(output->target)) != 0 || fsync(fd) != 0))
         return failed(output, "write");
     output->fd = -1;
     if (close(fd) != 0)

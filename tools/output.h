@@ -14,7 +14,7 @@ enum { OUTPUT_PATH = 4096 };
 
 struct output {
     int fd;
-    int direct;              /* writing to the target itself */
+    int direct; /* writing to the target itself */
     char target[OUTPUT_PATH];
     char temporary[OUTPUT_PATH];
     const char *name; /* as the user called it */
@@ -24,6 +24,12 @@ struct output {
  * process, a failed write is an error and not a signal, and so is an input that shrinks while it
  * is mapped. */
 void output_handle_signals(void);
+
+/* Files, and after them their directory, that are to go when output_remove_scratch() is called or
+ * such a signal comes. At most SCRATCH_PATHS. */
+enum { SCRATCH_PATHS = 3 };
+void output_add_scratch(const char *path);
+void output_remove_scratch(void);
 
 /* Each returns EXIT_FINE or, after a sentence, EXIT_TROUBLE; after that only output_abandon(). */
 int output_open(struct output *output, const char *path);

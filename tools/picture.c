@@ -43,7 +43,7 @@ void picture_mark(const struct picture *picture, char *line, int64_t position, c
 }
 
 void picture_print(const struct picture *picture, const int32_t *positions, int64_t n) {
-    static const char *const blocks[LEVELS] = {" ", "\u2581", "\u2582", "\u2583", "\u2584",
+    static const char *const blocks[LEVELS] = {" ",      "\u2581", "\u2582", "\u2583", "\u2584",
                                                "\u2585", "\u2586", "\u2587", "\u2588"};
     static const char *const letters[LEVELS] = {" ", ".", ":", "-", "=", "+", "*", "#", "@"};
     int64_t chosen[PICTURE_WIDTH] = {0};

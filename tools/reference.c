@@ -178,8 +178,7 @@ int reference_spread(const struct operation *operation, int64_t row, int64_t bat
     return 1;
 }
 
-int reference_plain_zero(const struct operation *operation, int64_t row, int64_t batch,
-                         int64_t j) {
+int reference_plain_zero(const struct operation *operation, int64_t row, int64_t batch, int64_t j) {
     struct token token;
     double key[128];
     if (!read_token(operation, row, &token))

@@ -14,7 +14,10 @@ static const char *output_path;
 static int as_json;
 
 static const struct option options[] = {
-    {.name = "output", .letter = 'o', .kind = OPTION_TEXT, .target = &output_path,
+    {.name = "output",
+     .letter = 'o',
+     .kind = OPTION_TEXT,
+     .target = &output_path,
      .value = "OUT.safetensors",
      .help = "write sparse_indices and sparse_values there, whole or not at all"},
     {.name = "json", .kind = OPTION_FLAG, .target = &as_json, .help = "print JSON"},
@@ -24,10 +27,11 @@ static const struct option options[] = {
 static const struct command command = {
     "run",
     "FILE.safetensors",
-    "Runs the operator on the tensors query, key and weights of a file, and where the layouts want\n"
-    "them actual_seq_lengths_query, actual_seq_lengths_key and block_table. Options that are not\n"
-    "given come from the file's __metadata__ (layout_query, layout_key, sparse_count,\n"
-    "sparse_mode), layouts else from the shapes. Without -o, the best keys are printed.",
+    "Runs the operator on the tensors query, key and weights of a file, and where the\n"
+    "layouts want them actual_seq_lengths_query, actual_seq_lengths_key and block_table.\n"
+    "Options that are not given come from the file's __metadata__ (layout_query,\n"
+    "layout_key, sparse_count, sparse_mode), layouts else from the shapes. Without -o, the\n"
+    "best keys are printed.",
     1,
     1,
     {options, operation_options, engine_options, NULL},

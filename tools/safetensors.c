@@ -23,12 +23,12 @@
 
 /* Parsed JSON takes some 100 times its text in memory; real headers have 100 bytes a tensor. */
 #define HEADER_LIMIT ((uint64_t)16 << 20)
-#define EXACT_LIMIT 9007199254740992.0 /* 2^53: JSON numbers are doubles here */
+#define EXACT_LIMIT  9007199254740992.0 /* 2^53: JSON numbers are doubles here */
 
 static const struct element elements[] = {
-    {"F32", 32},  {"F16", 16},     {"BF16", 16},    {"I32", 32},   {"F64", 64},
-    {"I64", 64},  {"U64", 64},     {"U32", 32},     {"I16", 16},   {"U16", 16},
-    {"I8", 8},    {"U8", 8},       {"BOOL", 8},     {"C64", 64},   {"F8_E4M3", 8},
+    {"F32", 32},    {"F16", 16},    {"BF16", 16},   {"I32", 32},    {"F64", 64},
+    {"I64", 64},    {"U64", 64},    {"U32", 32},    {"I16", 16},    {"U16", 16},
+    {"I8", 8},      {"U8", 8},      {"BOOL", 8},    {"C64", 64},    {"F8_E4M3", 8},
     {"F8_E5M2", 8}, {"F8_E8M0", 8}, {"F6_E2M3", 6}, {"F6_E3M2", 6}, {"F4", 4},
 };
 
@@ -202,9 +202,10 @@ static int parse(struct safetensors *file) {
     for (int i = 0; i < 8; i++)
         length |= (uint64_t)map[i] << (8 * i);
     if (length > left)
-        return refuse("%s: its first 8 bytes say that a header of %llu bytes follows, but only %llu "
-                      "bytes do; it is truncated or no safetensors file",
-                      file->path, (unsigned long long)length, (unsigned long long)left);
+        return refuse(
+            "%s: its first 8 bytes say that a header of %llu bytes follows, but only %llu "
+            "bytes do; it is truncated or no safetensors file",
+            file->path, (unsigned long long)length, (unsigned long long)left);
     if (length > HEADER_LIMIT)
         return refuse("%s: its header has %llu bytes; it should have at most %llu", file->path,
                       (unsigned long long)length, (unsigned long long)HEADER_LIMIT);

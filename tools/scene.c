@@ -144,16 +144,27 @@ static int save(const struct scene *scene, const struct buffers *b, const char *
     int32_t n_query = (int32_t)scene->n_query, n_key = (int32_t)scene->n_key;
     int64_t pages = scene->n_key / SCENE_BLOCK;
     struct tensor tensors[] = {
-        {.name = "query", .element = bf16, .ndim = 3, .data = b->query,
+        {.name = "query",
+         .element = bf16,
+         .ndim = 3,
+         .data = b->query,
          .shape = {scene->n_query, SCENE_HEADS, SCENE_DIM}},
-        {.name = "key", .element = bf16, .ndim = 4, .data = b->key,
+        {.name = "key",
+         .element = bf16,
+         .ndim = 4,
+         .data = b->key,
          .shape = {pages, SCENE_BLOCK, 1, SCENE_DIM}},
         {.name = "block_table", .element = i32, .ndim = 2, .data = b->table, .shape = {1, pages}},
-        {.name = "actual_seq_lengths_query", .element = i32, .ndim = 1, .data = &n_query,
+        {.name = "actual_seq_lengths_query",
+         .element = i32,
+         .ndim = 1,
+         .data = &n_query,
          .shape = {1}},
-        {.name = "actual_seq_lengths_key", .element = i32, .ndim = 1, .data = &n_key,
-         .shape = {1}},
-        {.name = "weights", .element = bf16, .ndim = 2, .data = b->weights,
+        {.name = "actual_seq_lengths_key", .element = i32, .ndim = 1, .data = &n_key, .shape = {1}},
+        {.name = "weights",
+         .element = bf16,
+         .ndim = 2,
+         .data = b->weights,
          .shape = {scene->n_query, SCENE_HEADS}},
     };
     cJSON *metadata = cJSON_CreateObject();

@@ -52,9 +52,9 @@ int speed_measure(struct lidx_context *context, const struct lidx_args *args, co
         if (time_calls(context, args, effort->round_seconds, speed, &seconds[r]))
             return EXIT_TROUBLE;
         double one_after = peak_flops_threads(kernel, type, effort->peak_seconds, 1);
-        double after = n_threads == 1 ? one_after
-                                      : peak_flops_threads(kernel, type, effort->peak_seconds,
-                                                           n_threads);
+        double after = n_threads == 1
+                           ? one_after
+                           : peak_flops_threads(kernel, type, effort->peak_seconds, n_threads);
         double rate = flop / seconds[r], peak = 0.5 * (before + after);
         double peak_one = 0.5 * (one + one_after) * n_threads;
         fraction[r] = peak > 0 ? rate / peak : 0;

@@ -10,13 +10,13 @@
 #include "lightning_indexer.h"
 
 struct speed {
-    double seconds;      /* of one call: the median over rounds of a round's median */
-    double best;         /* the fastest call */
-    double peak_before;  /* flop/s of all threads at once, before the first call ... */
-    double peak_after;   /* ... and after the last; 0 where the kernel has no peak loop */
-    double fraction;     /* of that peak: the median over rounds */
+    double seconds;       /* of one call: the median over rounds of a round's median */
+    double best;          /* the fastest call */
+    double peak_before;   /* flop/s of all threads at once, before the first call ... */
+    double peak_after;    /* ... and after the last; 0 where the kernel has no peak loop */
+    double fraction;      /* of that peak: the median over rounds */
     double best_fraction; /* of that peak: the fastest call against the highest peak */
-    double fraction_one; /* the median against n_threads times the peak of one core alone */
+    double fraction_one;  /* the median against n_threads times the peak of one core alone */
     int calls;
 };
 
