@@ -2,25 +2,27 @@
  *
  * Scores on any GPU from SM80 on, by the matrix instruction that all of them have (m16n8k16).
  *
- * Work. Keys are the rows of a product (M), the heads of queries its columns (N). A warp owns 64
- * columns: one query of 64 heads, 2 of 32, 4 of 16, 8 of 8 (other head counts are padded with
- * heads that count nothing), or half a query of more than 64. It holds their 64 x D elements in
- * registers for as long as it stays with them, so keys are all that the inner loop reads:
+ * Work. Heads of queries are the rows of a product (M), keys its columns (N). A warp owns 64
+ * rows: one query of 64 heads, 2 of 32, 4 of 16, 8 of 8 (other head counts are padded with heads
+ * that count nothing), or half a query of more than 64. It holds their 64 x D elements in
+ * registers for as long as it stays with them, so keys are all that the inner loop reads, and what
+ * a 16-byte read of a key brings is the instruction's operand as it stands. (Keys as rows would
+ * need two keys' words side by side: a move for every word.)
  *
- *     registers per thread, D 128     columns 128 | sums of 32 keys x 64 columns 64 |
- *                                     keys of two k-steps 16 | the rest about 40
+ *     registers per thread, D 128     heads 128 | sums of 64 heads x 32 keys 64 | keys 16 to 32 |
+ *                                     weights 8 | the rest about 20
  *
  * A block is 8 warps; an item of work is the block of queries that they hold (8 groups of 64
- * columns) against a run of keys, found by schedule.h from lengths on the device. Keys stream
+ * heads) against a run of keys, found by schedule.h from lengths on the device. Keys stream
  * through a ring of slots of 32 in shared memory. All warps fill each slot together. With 8
  * groups every warp reads every slot; with fewer (decode has 1 or 2) the slots are dealt out:
  * a warp reads every 8th, 4th or 2nd. Barriers in shared memory count a slot's arrivals, so that
  * warps may be several slots apart and one warp's sums hide behind another's products.
  *
  * Order of summation, the same for a pair of query and key whatever else is in the launch:
- * products by the instruction over k-steps in order; heads within a thread in ascending order
- * (a thread has heads 8n + 2l and 8n + 2l + 1 in lane l of a quad); then (l0 + l1) + (l2 + l3);
- * for more than 64 heads, lower half + upper half.
+ * products by the instruction over k-steps in order; then in thread g of 8 the heads g, 8 + g,
+ * 16 + g ... ascending; then the 8 threads, as ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7)); for more
+ * than 64 heads, lower half + upper half.
  *
  * The elements of a head are permuted alike for queries and keys: in a pair of k-steps lane l of
  * a quad has the 8 neighbours 32t + 8l + {0..7}, so that one 16-byte load serves two steps. A dot
@@ -36,8 +38,10 @@ enum {
     WARPS = 8,
     THREADS = 32 * WARPS,
     SLOT_KEYS = 32,
-    COLUMNS = 64,          /* of a warp */
-    COLUMN_TILES = 8,      /* of 8 columns */
+    GROUP = 64,            /* heads of a warp */
+    OCTETS = GROUP / 8,
+    HEAD_TILES = GROUP / 16,
+    KEY_TILES = SLOT_KEYS / 8,
     SLOTS_MAX = 24,
     SLOTS_MIN = 12,
     SLOT_SLACK = WARPS,    /* slots not filled ahead, so that no warp waits for its neighbour */
@@ -50,8 +54,9 @@ struct plan {
     struct line line;
     uint64_t page_magic; /* key / page_size = (key / 16 * page_magic) >> PAGE_SHIFT */
     int32_t n_slots;
-    int32_t head_shift;  /* log2 of the columns of a query, up to 6 */
-    int32_t split;       /* a query has two groups of 64 columns */
+    int32_t head_shift;  /* log2 of a query's heads, padded, up to 6 */
+    int32_t split;       /* a query has two groups of 64 heads */
+    uint32_t zero;       /* 0, which the compiler does not know: see load_heads */
 };
 
 /* One item, as every thread of the block sees it. */
@@ -93,7 +98,6 @@ struct shared_state {
     uint64_t empty[SLOTS_MAX];
     struct item item[WARPS]; /* a copy a warp, since warps are not in step */
     struct sink sink[WARPS];
-    float2 weights[WARPS][COLUMN_TILES][4]; /* of columns 8n + 2l + {0, 1} */
     float upper_half[2][WARPS / 2][32];
     int64_t warp_total[WARPS];
     struct walk walk[WARPS];
@@ -292,28 +296,33 @@ static __device__ __forceinline__ void fill_slot(const struct slab *s, const str
 
 /* ---- queries and weights: global memory to registers ----------------------------------------- */
 
-/* Column c of group g: query and head within the item. */
-static __device__ __forceinline__ void column_place(const struct plan *plan, int group, int column,
-                                                    int *query, int *head) {
+/* Head c of group g, counting all queries' heads: query and head within the item. */
+static __device__ __forceinline__ void head_place(const struct plan *plan, int group, int c,
+                                                  int *query, int *head) {
     if (plan->split) {
         *query = group / 2;
-        *head = group % 2 * COLUMNS + column;
+        *head = group % 2 * GROUP + c;
     } else {
-        int c = group * COLUMNS + column;
+        c += group * GROUP;
         *query = c >> plan->head_shift;
         *head = c & ((1 << plan->head_shift) - 1);
     }
 }
 
+/* Octet o of a group is its heads 8o .. 8o + 7; thread lane / 4 has the one of that number.
+ * The instruction wants words of two heads in four adjacent registers, a 16-byte load leaves words
+ * of one head there. Left to itself the compiler keeps the latter and moves words for every
+ * product (487 moves beside 128 products); an operation on each that it cannot see through makes
+ * it settle them once. */
 template <int D, bool ALIGNED>
-static __device__ __forceinline__ void load_columns(const struct slab *s, const struct plan *plan,
-                                                    const struct item *item, int group,
-                                                    uint32_t (&b)[COLUMN_TILES][D / 16][2]) {
+static __device__ __forceinline__ void load_heads(const struct slab *s, const struct plan *plan,
+                                                  const struct item *item, int group,
+                                                  uint32_t (&a)[HEAD_TILES][D / 16][4]) {
     int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int n = 0; n < COLUMN_TILES; n++) {
+    for (int o = 0; o < OCTETS; o++) {
         int query, head;
-        column_place(plan, group, 8 * n + lane / 4, &query, &head);
+        head_place(plan, group, 8 * o + lane / 4, &query, &head);
         bool there = query < item->rows && head < s->p.n_heads;
         const unsigned char *source =
             item->query + (query * s->p.n_heads + head) * (D * 2) + lane % 4 * 16;
@@ -323,10 +332,10 @@ static __device__ __forceinline__ void load_columns(const struct slab *s, const 
             if (there)
                 x = ALIGNED ? *(const uint4 *)(source + t * 64)
                             : load_global_halves(source + t * 64);
-            b[n][2 * t][0] = x.x;
-            b[n][2 * t][1] = x.y;
-            b[n][2 * t + 1][0] = x.z;
-            b[n][2 * t + 1][1] = x.w;
+            a[o / 2][2 * t][o % 2] = x.x ^ plan->zero;
+            a[o / 2][2 * t][2 + o % 2] = x.y ^ plan->zero;
+            a[o / 2][2 * t + 1][o % 2] = x.z ^ plan->zero;
+            a[o / 2][2 * t + 1][2 + o % 2] = x.w ^ plan->zero;
         }
     }
 }
@@ -340,108 +349,121 @@ static __device__ __forceinline__ float load_weight(const unsigned char *weights
     return __bfloat162float(((const __nv_bfloat16 *)weights)[i]);
 }
 
-/* The weights of a warp's columns, in order; 0 where there is no head. */
-static __device__ __forceinline__ void load_weights(const struct slab *s, const struct plan *plan,
-                                                    const struct item *item, int group, float *w) {
-    for (int c = threadIdx.x % 32; c < COLUMNS; c += 32) {
+/* The weights of a thread's heads, and which of them exist: bit o for octet o. */
+static __device__ __forceinline__ uint32_t load_weights(const struct slab *s,
+                                                        const struct plan *plan,
+                                                        const struct item *item, int group,
+                                                        float (&w)[OCTETS]) {
+    uint32_t heads = 0;
+#pragma unroll
+    for (int o = 0; o < OCTETS; o++) {
         int query, head;
-        column_place(plan, group, c, &query, &head);
-        w[c] = 0;
-        if (query < item->rows && head < s->p.n_heads)
-            w[c] = load_weight(item->weights, query * s->p.n_heads + head, s->p.weights_dtype);
+        head_place(plan, group, 8 * o + threadIdx.x % 32 / 4, &query, &head);
+        w[o] = 0;
+        if (head < s->p.n_heads) {
+            heads |= 1u << o;
+            if (query < item->rows)
+                w[o] = load_weight(item->weights, query * s->p.n_heads + head,
+                                   s->p.weights_dtype);
+        }
     }
-    __syncwarp();
+    return heads;
 }
 
 /* ---- products and sums ----------------------------------------------------------------------- */
 
-/* sums[m][n]: rows 16m + lane / 4 (+ 8 for elements 2, 3), columns 8n + lane % 4 * 2 + {0, 1}. */
+/* sums[m][n]: heads 16m + lane / 4 (+ 8 for elements 2, 3), keys 8n + lane % 4 * 2 + {0, 1}. */
 template <typename T, int D>
-static __device__ __forceinline__ void multiply_slot(float (&sums)[2][COLUMN_TILES][4],
-                                                     const uint32_t (&b)[COLUMN_TILES][D / 16][2],
+static __device__ __forceinline__ void multiply_slot(float (&sums)[HEAD_TILES][KEY_TILES][4],
+                                                     const uint32_t (&a)[HEAD_TILES][D / 16][4],
                                                      uint32_t slot_address) {
     int lane = threadIdx.x % 32, odd = lane / 4 & 1;
     uint32_t from = slot_address + lane / 4 * (D * 2) + lane % 4 * 16;
+    uint32_t even_chunks = from + odd * 64, odd_chunks = from - odd * 64;
     const float zero[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int t = 0; t < D / 32; t++) {
-        uint32_t at = from + t * 64 + (t % 2 ? -64 : 64) * odd;
-        uint4 x[4];
+        uint4 x[KEY_TILES];
 #pragma unroll
-        for (int m = 0; m < 4; m++)
-            x[m] = load_shared_16(at + m * 8 * D * 2);
+        for (int n = 0; n < KEY_TILES; n++)
+            x[n] = load_shared_16((t % 2 ? odd_chunks : even_chunks) + t * 64 + n * 8 * D * 2);
 #pragma unroll
-        for (int m = 0; m < 2; m++) {
-            const uint32_t even_step[4] = {x[2 * m].x, x[2 * m + 1].x, x[2 * m].y, x[2 * m + 1].y};
-            const uint32_t odd_step[4] = {x[2 * m].z, x[2 * m + 1].z, x[2 * m].w, x[2 * m + 1].w};
+        for (int n = 0; n < KEY_TILES; n++) {
+            const uint32_t b[2] = {x[n].x, x[n].y};
 #pragma unroll
-            for (int n = 0; n < COLUMN_TILES; n++)
+            for (int m = 0; m < HEAD_TILES; m++)
                 if (t == 0)
-                    matrix_multiply<T>(sums[m][n], even_step, b[n][2 * t], zero);
+                    matrix_multiply<T>(sums[m][n], a[m][0], b, zero);
                 else
-                    matrix_multiply<T>(sums[m][n], even_step, b[n][2 * t], sums[m][n]);
+                    matrix_multiply<T>(sums[m][n], a[m][2 * t], b, sums[m][n]);
+        }
 #pragma unroll
-            for (int n = 0; n < COLUMN_TILES; n++)
-                matrix_multiply<T>(sums[m][n], odd_step, b[n][2 * t + 1], sums[m][n]);
+        for (int n = 0; n < KEY_TILES; n++) {
+            const uint32_t b[2] = {x[n].z, x[n].w};
+#pragma unroll
+            for (int m = 0; m < HEAD_TILES; m++)
+                matrix_multiply<T>(sums[m][n], a[m][2 * t + 1], b, sums[m][n]);
         }
     }
 }
 
-/* Each lane of a quad has a part of four sums. Lane l returns the whole of sum [l & 1][l >> 1]. */
-static __device__ __forceinline__ float quad_sum(const float (&part)[2][2]) {
-    int lane = threadIdx.x % 32;
-    bool upper = lane & 1, right = lane & 2;
-    float kept[2];
+/* One step of sum_over_threads: lanes that differ in bit `distance` share N sums out between them,
+ * the one without the bit keeping the first half. */
+template <int N>
+static __device__ __forceinline__ void share_out(float (&part)[8], int distance) {
+    bool second = threadIdx.x & distance;
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        float other = __shfl_xor_sync(~0u, upper ? part[0][i] : part[1][i], 1);
-        kept[i] = (upper ? part[1][i] : part[0][i]) + other;
+    for (int i = 0; i < N / 2; i++) {
+        float given = second ? part[i] : part[i + N / 2];
+        float kept = second ? part[i + N / 2] : part[i];
+        part[i] = kept + __shfl_xor_sync(~0u, given, distance);
     }
-    float other = __shfl_xor_sync(~0u, right ? kept[0] : kept[1], 2);
-    return (right ? kept[1] : kept[0]) + other;
 }
 
-/* Weighted sum over the heads of one query, TILES column tiles from `first`, for the key of
- * lane_key(). PADDED: bit 2n + i of `heads` says whether column tile n's column i is a head. The
- * product of a pad head is not always 0, since 0 * inf is NaN. */
-template <int TILES, bool PADDED>
-static __device__ __forceinline__ float head_sum(const float (&sums)[2][COLUMN_TILES][4],
-                                                 const float2 (*w)[4], int first,
+/* The threads lane / 4 = 0 .. 7 with one lane % 4 each have parts of the same 8 sums. Returns the
+ * whole of sum number lane / 4. */
+static __device__ __forceinline__ float sum_over_threads(float (&part)[8]) {
+    share_out<8>(part, 16);
+    share_out<4>(part, 8);
+    share_out<2>(part, 4);
+    return part[0];
+}
+
+/* Weighted sum over the heads of one query, N_OCTETS from octet `first`, for the key lane_key().
+ * PADDED: bit o of `heads` says whether the thread's head in octet o exists. The product of a pad
+ * head is not always 0, since 0 * inf is NaN. */
+template <int N_OCTETS, bool PADDED>
+static __device__ __forceinline__ float head_sum(const float (&sums)[HEAD_TILES][KEY_TILES][4],
+                                                 const float (&w)[OCTETS], int first,
                                                  uint32_t heads) {
-    float part[2][2] = {{0, 0}, {0, 0}};
+    float part[8] = {0, 0, 0, 0, 0, 0, 0, 0};
 #pragma unroll
-    for (int n = first; n < first + TILES; n++) {
-        float2 pair = w[n][threadIdx.x % 4];
+    for (int o = first; o < first + N_OCTETS; o++)
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-            for (int m = 0; m < 2; m++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    float x = relu_keep_nan(sums[m][n][2 * half + i]);
-                    if (PADDED)
-                        x = heads >> (2 * n + i) & 1 ? x : 0;
-                    part[m][half] = fmaf(i ? pair.y : pair.x, x, part[m][half]);
-                }
-    }
-    return quad_sum(part);
+        for (int key = 0; key < 8; key++) {
+            float x = relu_keep_nan(sums[o / 2][key / 2][o % 2 * 2 + key % 2]);
+            if (PADDED)
+                x = heads >> o & 1 ? x : 0;
+            part[key] = fmaf(w[o], x, part[key]);
+        }
+    return sum_over_threads(part);
 }
 
-/* The key of its slot whose score a lane has after quad_sum. */
+/* The key of its slot whose score a lane has after head_sum. */
 static __device__ __forceinline__ int lane_key() {
     int lane = threadIdx.x % 32;
-    return (lane & 1) * 16 + (lane >> 1 & 1) * 8 + lane / 4;
+    return lane / 8 * 8 + lane % 4 * 2 + lane / 4 % 2;
 }
 
-template <int TILES, bool PADDED>
-static __device__ __forceinline__ void store_scores(const float (&sums)[2][COLUMN_TILES][4],
-                                                    const float2 (*w)[4],
+template <int N_OCTETS, bool PADDED>
+static __device__ __forceinline__ void store_scores(const float (&sums)[HEAD_TILES][KEY_TILES][4],
+                                                    const float (&w)[OCTETS],
                                                     const struct sink *sink, uint32_t heads, int32_t key,
                                                     bool masked) {
     float *out = sink->out + key;
 #pragma unroll
-    for (int q = 0; q < COLUMN_TILES / TILES; q++) {
-        float score = head_sum<TILES, PADDED>(sums, w, q * TILES, heads);
+    for (int q = 0; q < OCTETS / N_OCTETS; q++) {
+        float score = head_sum<N_OCTETS, PADDED>(sums, w, q * N_OCTETS, heads);
         if (q < sink->rows && key < sink->visible + q * sink->visible_step)
             *(uint32_t *)out = masked ? SCORE_MASKED : __float_as_uint(score);
         out += sink->row_stride;
@@ -451,12 +473,12 @@ static __device__ __forceinline__ void store_scores(const float (&sums)[2][COLUM
 /* More than 64 heads: warps 2i and 2i + 1 have the lower and the upper of one query. */
 template <bool PADDED>
 static __device__ __forceinline__ void store_split(struct shared_state *state,
-                                                   const float (&sums)[2][COLUMN_TILES][4],
-                                                   const float2 (*w)[4],
+                                                   const float (&sums)[HEAD_TILES][KEY_TILES][4],
+                                                   const float (&w)[OCTETS],
                                                    const struct sink *sink, uint32_t heads, int32_t key,
                                                    bool masked, int turn) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float score = head_sum<COLUMN_TILES, PADDED>(sums, w, 0, heads);
+    float score = head_sum<OCTETS, PADDED>(sums, w, 0, heads);
     float *half = &state->upper_half[turn][warp / 2][lane];
     if (warp % 2)
         *half = score;
@@ -468,8 +490,8 @@ static __device__ __forceinline__ void store_split(struct shared_state *state,
 template <bool PADDED>
 static __device__ __forceinline__ void sink_slot(const struct plan *plan,
                                                  struct shared_state *state,
-                                                 const float (&sums)[2][COLUMN_TILES][4],
-                                                 const float2 (*w)[4],
+                                                 const float (&sums)[HEAD_TILES][KEY_TILES][4],
+                                                 const float (&w)[OCTETS],
                                                  const struct sink *sink, uint32_t heads, int32_t key,
                                                  bool masked, int turn) {
     if (plan->split)
@@ -488,7 +510,7 @@ static __device__ __forceinline__ struct sink make_sink(const struct slab *s,
                                                         const struct plan *plan,
                                                         const struct item *item, int group) {
     int first, head;
-    column_place(plan, group, 0, &first, &head);
+    head_place(plan, group, 0, &first, &head);
     struct sink sink;
     sink.out = item->out + first * s->scores_stride;
     sink.row_stride = s->scores_stride;
@@ -496,18 +518,6 @@ static __device__ __forceinline__ struct sink make_sink(const struct slab *s,
     sink.visible = item->visible + first * item->visible_step;
     sink.visible_step = item->visible_step;
     return sink;
-}
-
-/* Which of a thread's columns are heads, as head_sum wants it. */
-static __device__ __forceinline__ uint32_t head_bits(const struct slab *s, const struct plan *plan,
-                                                     int group) {
-    uint32_t bits = 0;
-    for (int i = 0; i < 2 * COLUMN_TILES; i++) {
-        int query, head;
-        column_place(plan, group, i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2, &query, &head);
-        bits |= (uint32_t)(head < s->p.n_heads) << i;
-    }
-    return bits;
 }
 
 /* ---- the kernel ------------------------------------------------------------------------------ */
@@ -535,22 +545,21 @@ static __device__ __forceinline__ void run_item(const struct slab *s, const stru
         fill_next();
 
     int n_groups = plan->split ? item->rows * 2
-                               : ((item->rows << plan->head_shift) + COLUMNS - 1) / COLUMNS;
+                               : ((item->rows << plan->head_shift) + GROUP - 1) / GROUP;
     int spread = n_groups > 4 ? 3 : n_groups > 2 ? 2 : n_groups - 1; /* log2, rounded up */
     int group = warp & ((1 << spread) - 1);
     int dealt = (WARPS >> spread) - 1;
     bool works = group < n_groups;
 
-    uint32_t b[COLUMN_TILES][D / 16][2];
-    float2 (*w)[4] = state->weights[warp];
-    load_columns<D, ALIGNED>(s, plan, item, group, b);
-    load_weights(s, plan, item, group, (float *)w);
+    uint32_t a[HEAD_TILES][D / 16][4];
+    float w[OCTETS];
+    load_heads<D, ALIGNED>(s, plan, item, group, a);
+    uint32_t heads = load_weights(s, plan, item, group, w);
+    bool padded = s->p.n_heads != (plan->split ? 2 * GROUP : 1 << plan->head_shift);
     struct sink *sink = &state->sink[warp];
     if (threadIdx.x % 32 == 0)
         *sink = make_sink(s, plan, item, group);
     __syncwarp();
-    uint32_t heads = head_bits(s, plan, group);
-    bool padded = s->p.n_heads != (plan->split ? 2 * COLUMNS : 1 << plan->head_shift);
 
     for (int32_t slot = item->slot_begin; slot < item->slot_end; slot++) {
         if (filled < item->slot_end)
@@ -562,13 +571,13 @@ static __device__ __forceinline__ void run_item(const struct slab *s, const stru
                 int32_t id = item->table[page_of(key, plan->page_magic)];
                 masked = id < 0 || id >= s->p.n_pages;
             }
-            float sums[2][COLUMN_TILES][4];
+            float sums[HEAD_TILES][KEY_TILES][4];
             mbarrier_wait(full + read->slot * 8, read->parity);
-            multiply_slot<T, D>(sums, b, ring_address + read->slot * SLOT_BYTES);
+            multiply_slot<T, D>(sums, a, ring_address + read->slot * SLOT_BYTES);
             __syncwarp();
             if (threadIdx.x % 32 == 0)
                 mbarrier_arrive(empty + read->slot * 8);
-            int turn = (slot - item->slot_begin) / (dealt + 1) & 1;
+            int turn = (slot - item->slot_begin) >> (3 - spread) & 1;
             if (padded)
                 sink_slot<true>(plan, state, sums, w, sink, heads, key, masked, turn);
             else
@@ -616,12 +625,13 @@ static bool is_aligned(const struct problem *p) {
 static struct plan make_plan(const struct slab *s) {
     struct plan plan;
     int heads = s->p.n_heads;
-    plan.split = heads > COLUMNS;
+    plan.split = heads > GROUP;
     plan.head_shift = heads > 32 ? 6 : heads > 16 ? 5 : heads > 8 ? 4 : 3;
     plan.line.row_begin = s->row_begin;
     plan.line.row_end = s->row_end;
-    plan.line.block_shift = plan.split ? 2 : 9 - plan.head_shift; /* 8 groups of 64 columns */
+    plan.line.block_shift = plan.split ? 2 : 9 - plan.head_shift; /* 8 groups of 64 heads */
     plan.line.charge = SWITCH_CHARGE;
+    plan.zero = 0;
     int64_t sixteens = s->p.page_size ? s->p.page_size / 16 : 1;
     plan.page_magic = ((uint64_t)1 << PAGE_SHIFT) / sixteens + 1;
     return plan;
