@@ -4,7 +4,7 @@
  * a sort on the host, and every launch is repeated and compared byte for byte.
  *
  *     nvcc -std=c++17 -O3 -arch=native -Xcompiler -fopenmp tests/test_topk.cu src/cuda/topk.cu -o test_topk
- *     ./test_topk [check] [time]
+ *     ./test_topk [check | quick] [time] [profile]
  */
 #include <algorithm>
 #include <cmath>
@@ -517,6 +517,11 @@ int main(int argc, char **argv) {
 #ifdef __CUDACC__
         if (all || what == "time")
             time_all(n_sm);
+        if (what == "profile") { /* one launch of each regime, for a profiler */
+            time_one(8192, 8192, 2048, 0, 0, n_sm, 1, 0);
+            time_one(2048, 65536, 2048, 0, 0, n_sm, 1, 0);
+            time_one(1, 131072, 2048, 0, 0, n_sm, 1, 0);
+        }
 #endif
     }
     printf("%ld rows passed, %ld failures\n", passed, failed);

@@ -68,8 +68,10 @@ template <class Z> struct shared {
     uint32_t crowded;
     uint32_t total;                /* of the histogram */
     uint32_t bin, before, count;   /* where the wanted rank lies */
-    uint32_t last_low;             /* smallest key of the last bin's candidates */
-    uint32_t last_high;            /* no candidate's key is larger */
+    uint32_t prefix, better;       /* of the digits so far: what they are, keys before them */
+    uint32_t last_low;             /* smallest key of the last bin's candidates, or less */
+    uint32_t last_high;            /* no candidate's key is larger; 0: no bin is special */
+    uint32_t n_tied;               /* ordered already, to follow the list */
     uint32_t flag;
     struct row row;
 };
@@ -195,10 +197,39 @@ static __device__ __forceinline__ uint32_t block_before(struct shared<Z> *s, uin
     return __reduce_add_sync(ALL_LANES, lane_id() < warp ? v : 0) + sum - x;
 }
 
-template <class Z> static __device__ __forceinline__ void zero_hist(struct shared<Z> *s) {
+/* N consecutive words of this thread, in accesses as wide as they come. */
+template <int N> static __device__ __forceinline__ void load_words(uint32_t *c, const uint32_t *a) {
+    if (N % 4 == 0) {
 #pragma unroll
-    for (int i = 0; i < BINS / Z::THREADS; i++)
-        s->hist[i * Z::THREADS + threadIdx.x] = 0;
+        for (int i = 0; i < N / 4; i++) {
+            uint4 v = ((const uint4 *)a)[i];
+            c[4 * i] = v.x;
+            c[4 * i + 1] = v.y;
+            c[4 * i + 2] = v.z;
+            c[4 * i + 3] = v.w;
+        }
+    } else {
+        uint2 v = *(const uint2 *)a;
+        c[0] = v.x;
+        c[1] = v.y;
+    }
+}
+
+template <int N> static __device__ __forceinline__ void store_words(uint32_t *a, const uint32_t *c) {
+    if (N % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < N / 4; i++)
+            ((uint4 *)a)[i] = make_uint4(c[4 * i], c[4 * i + 1], c[4 * i + 2], c[4 * i + 3]);
+    } else if (N == 2) {
+        *(uint2 *)a = make_uint2(c[0], c[1]);
+    } else {
+        a[0] = c[0];
+    }
+}
+
+template <class Z, int WORDS> static __device__ __forceinline__ void zero(uint32_t *words) {
+    for (int i = threadIdx.x; i < WORDS / 4; i += Z::THREADS)
+        ((uint4 *)words)[i] = make_uint4(0, 0, 0, 0);
 }
 
 /* Turns counts into sums of the bins before, and finds the bin that holds the rank-th (from 1),
@@ -207,14 +238,13 @@ template <class Z> static __device__ __forceinline__ void zero_hist(struct share
 template <class Z>
 static __device__ __forceinline__ void scan_hist(struct shared<Z> *s, uint32_t rank, int masked) {
     const int N = BINS / Z::THREADS;
-    uint32_t c[N], sum = 0, total;
+    uint32_t c[N], sums[N], sum = 0, total;
+    load_words<N>(c, s->hist + threadIdx.x * N);
+    if (masked && threadIdx.x == Z::THREADS - 1)
+        c[N - 1] = 0;
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-        c[i] = s->hist[threadIdx.x * N + i];
-        if (i == N - 1 && masked && threadIdx.x == Z::THREADS - 1)
-            c[i] = 0;
+    for (int i = 0; i < N; i++)
         sum += c[i];
-    }
     uint32_t before = block_before(s, sum, 0, &total);
     rank = min(rank, total);
 #pragma unroll
@@ -224,9 +254,10 @@ static __device__ __forceinline__ void scan_hist(struct shared<Z> *s, uint32_t r
             s->before = before;
             s->count = c[i];
         }
-        s->hist[threadIdx.x * N + i] = before;
+        sums[i] = before;
         before += c[i];
     }
+    store_words<N>(s->hist + threadIdx.x * N, sums);
     if (threadIdx.x == 0)
         s->total = total;
     __syncthreads();
@@ -280,33 +311,21 @@ static __device__ __forceinline__ uint64_t pair(uint32_t key, uint32_t position)
 /* ---- ordering -------------------------------------------------------------------------------- */
 
 /* The bucket of a candidate: SPREAD times its expected rank, from the candidates in earlier bins
- * and its place within its own bin. Never decreases with the key: every step is monotone. The last
- * bin may be cut anywhere by the threshold, so it is measured between its own ends. */
+ * and its place within its own bin. Never decreases with the key: every step is monotone. */
 template <class Z>
-static __device__ __forceinline__ uint32_t bucket_of(const struct shared<Z> *s, uint32_t key,
-                                                     uint32_t n_list, float last_scale) {
-    uint32_t bin = key >> 21, before = s->hist[bin];
-    if (bin == s->last_high >> 21) {
-        uint32_t limit = Z::SPREAD * (n_list - before) - 1;
-        uint32_t place = (uint32_t)((float)(key - s->last_low) * last_scale);
-        return Z::SPREAD * before + min(place, limit);
-    }
-    return Z::SPREAD * before + __umulhi(key << 11, Z::SPREAD * (s->hist[bin + 1] - before));
+static __device__ __forceinline__ uint32_t bucket_of(const struct shared<Z> *s, uint32_t key) {
+    uint32_t bin = key >> 21, before = s->hist[bin], count = s->hist[bin + 1] - before;
+    return Z::SPREAD * before + __umulhi(key << 11, Z::SPREAD * count);
 }
 
-/* The same with every bin measured between its own smallest and largest key, and position
- * breaking ties, so that a bin of few distinct values spreads too. */
+/* The same in the last bin, which the threshold may have cut anywhere and which may hold most of
+ * the candidates: measured between its own ends. */
 template <class Z>
-static __device__ __forceinline__ uint32_t refined_bucket_of(const struct shared<Z> *s,
-                                                             const uint32_t *low,
-                                                             const uint32_t *high, uint64_t item,
-                                                             uint32_t n_list) {
-    uint32_t key = item >> 32, bin = key >> 21, before = s->hist[bin];
-    uint32_t end = bin == s->last_high >> 21 ? n_list : s->hist[bin + 1];
-    uint32_t buckets = Z::SPREAD * (end - before), n = s->row.n;
-    float range = (float)((uint64_t)(high[bin] - low[bin] + 1) * n);
-    float place = (float)((uint64_t)(key - low[bin]) * n + (uint32_t)item);
-    return Z::SPREAD * before + min((uint32_t)(place * __fdividef((float)buckets, range)), buckets - 1);
+static __device__ __forceinline__ uint32_t last_bucket_of(const struct shared<Z> *s, uint32_t key,
+                                                          uint32_t n_list, float scale) {
+    uint32_t before = s->hist[key >> 21], limit = Z::SPREAD * (n_list - before) - 1;
+    uint32_t place = (uint32_t)((float)(key - s->last_low) * scale);
+    return Z::SPREAD * before + min(place, limit);
 }
 
 /* Counts a candidate in its bucket; the slot is the bucket and the number of earlier arrivals. */
@@ -323,71 +342,76 @@ static __device__ __forceinline__ uint32_t sum_bytes(uint32_t word) {
     return __dp4a(word, 0x01010101u, 0u);
 }
 
-template <class Z>
-static __device__ __forceinline__ uint32_t bucket_begin(const struct shared<Z> *s,
-                                                        uint32_t bucket) {
-    uint32_t earlier = s->counter[bucket / 4] & ((1u << bucket % 4 * 8) - 1);
-    return s->base[bucket / 4] + sum_bytes(earlier);
+static __device__ __forceinline__ void sort_few(uint64_t *a, uint32_t count) {
+    for (uint32_t j = 1; j < count; j++) {
+        uint64_t x = a[j];
+        uint32_t to = j;
+        for (; to && a[to - 1] > x; to--)
+            a[to] = a[to - 1];
+        if (to < j)
+            a[to] = x;
+    }
 }
 
 /* Candidates held in registers, counted in buckets that nobody crowds: sums, scatter, and the
  * first arrival of each bucket sorts it. */
 template <class Z>
-static __device__ __forceinline__ void scatter(struct shared<Z> *s, const uint64_t *item,
-                                               const uint32_t *slot) {
+static __device__ __forceinline__ void scatter(struct shared<Z> *s, uint32_t n_list,
+                                               const uint64_t *item, uint32_t *slot) {
     const int N = Z::WORDS / Z::THREADS;
     uint32_t c[N], sum = 0, total;
+    bool some = 4 * N * threadIdx.x < Z::SPREAD * n_list; /* no bucket lies beyond */
+    if (some) {
+        load_words<N>(c, s->counter + threadIdx.x * N);
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-        c[i] = sum_bytes(s->counter[threadIdx.x * N + i]);
-        sum += c[i];
+        for (int i = 0; i < N; i++)
+            sum += c[i] = sum_bytes(c[i]);
     }
     uint32_t before = block_before(s, sum, 1, &total);
+    if (some) {
+        uint32_t packed[N / 2];
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-        s->base[threadIdx.x * N + i] = (uint16_t)before;
-        before += c[i];
+        for (int i = 0; i < N / 2; i++) {
+            packed[i] = before | (before + c[2 * i]) << 16;
+            before += c[2 * i] + c[2 * i + 1];
+        }
+        store_words<N / 2>((uint32_t *)(s->base + threadIdx.x * N), packed);
+    }
+    __syncthreads();
+    /* A slot becomes the beginning and the size of the bucket that the thread has to sort. */
+#pragma unroll
+    for (int i = 0; i < Z::ITEMS; i++) {
+        if (slot[i] == NO_SLOT) {
+            slot[i] = 0;
+            continue;
+        }
+        uint32_t bucket = slot[i] & 0xFFFF, arrival = slot[i] >> 16, shift = bucket % 4 * 8;
+        uint32_t word = s->counter[bucket / 4], count = word >> shift & 255;
+        uint32_t begin = s->base[bucket / 4] + sum_bytes(word & ((1u << shift) - 1));
+        s->list[begin + arrival] = item[i];
+        slot[i] = arrival == 0 && count > 1 ? begin | count << 16 : 0;
     }
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < Z::ITEMS; i++)
-        if (slot[i] != NO_SLOT)
-            s->list[bucket_begin(s, slot[i] & 0xFFFF) + (slot[i] >> 16)] = item[i];
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < Z::ITEMS; i++) {
-        if (slot[i] == NO_SLOT || slot[i] >> 16)
-            continue;
-        uint32_t bucket = slot[i] & 0xFFFF;
-        uint32_t count = s->counter[bucket / 4] >> bucket % 4 * 8 & 255;
-        if (count < 2)
-            continue;
-        uint64_t *a = s->list + bucket_begin(s, bucket);
-        for (uint32_t j = 1; j < count; j++) {
-            uint64_t x = a[j];
-            uint32_t to = j;
-            for (; to && a[to - 1] > x; to--)
-                a[to] = a[to - 1];
-            a[to] = x;
-        }
-    }
+        if (slot[i])
+            sort_few(s->list + (slot[i] & 0xFFFF), slot[i] >> 16);
     __syncthreads();
 }
 
-/* Any list, slowly: a bitonic network in shared memory. */
+/* Any list, slowly: a bitonic network whose comparators all point the same way, so that what lies
+ * past the list can stand for infinity without being there. */
 template <class Z> static __device__ void sort_network(struct shared<Z> *s, uint32_t n_list) {
-    uint32_t n = 2;
-    while (n < n_list)
-        n *= 2;
-    for (uint32_t i = n_list + threadIdx.x; i < n; i += Z::THREADS)
-        s->list[i] = ~(uint64_t)0;
-    for (uint32_t size = 2; size <= n; size *= 2) {
+    for (uint32_t size = 2; size / 2 < n_list; size *= 2) {
         for (uint32_t stride = size / 2; stride; stride /= 2) {
             __syncthreads();
-            for (uint32_t t = threadIdx.x; t < n / 2; t += Z::THREADS) {
-                uint32_t i = 2 * t - (t & (stride - 1)), j = i + stride;
+            for (uint32_t t = threadIdx.x; t < n_list; t += Z::THREADS) {
+                uint32_t i = 2 * t - (t & (stride - 1));
+                uint32_t j = stride == size / 2 ? i ^ (size - 1) : i + stride;
+                if (j >= n_list)
+                    continue;
                 uint64_t a = s->list[i], b = s->list[j];
-                if ((a > b) == !(i & size)) {
+                if (a > b) {
                     s->list[i] = b;
                     s->list[j] = a;
                 }
@@ -397,61 +421,78 @@ template <class Z> static __device__ void sort_network(struct shared<Z> *s, uint
     __syncthreads();
 }
 
-/* Orders a list whose simple buckets were crowded. The table of sums is still there. */
-template <class Z> static __device__ __noinline__ void order_crowded(uint32_t n_list) {
+enum { SPLITTERS = 256, TOO_MANY = 512 };
+
+/* How many splitters are at or before x: the number of its part, 0 .. SPLITTERS. */
+static __device__ __forceinline__ uint32_t part_of(const uint64_t *splitter, uint64_t x) {
+    uint32_t part = 0;
+#pragma unroll
+    for (uint32_t step = SPLITTERS / 2; step; step /= 2)
+        part += splitter[part + step - 1] <= x ? step : 0;
+    return part + (splitter[part] <= x);
+}
+
+/* Orders a list whose values are spread too unevenly for buckets by value: parts between splitters
+ * that are members of the list themselves, so that what is dense is cut fine; equal scores have
+ * different positions and are cut like all others. Each member then counts those before it. */
+template <class Z> static __device__ __noinline__ void order_crowded(void) {
     struct shared<Z> *s = shared_memory<Z>();
-    /* Over the list, whose items are in registers meanwhile. Slots wait here and not in registers
-     * because both together spill. */
-    uint32_t *low = (uint32_t *)s->list, *high = low + BINS, *waiting = high + BINS;
+    uint32_t n_list = s->n_list;
+    uint64_t *drawn = (uint64_t *)s->counter, *splitter = drawn + SPLITTERS;
+    uint32_t *end = s->hist; /* of each part */
     uint64_t item[Z::ITEMS];
-    uint32_t slot[Z::ITEMS];
 #pragma unroll
     for (int i = 0; i < Z::ITEMS; i++) {
         uint32_t j = i * Z::THREADS + threadIdx.x;
         item[i] = j < n_list ? s->list[j] : 0;
     }
     __syncthreads();
-    for (uint32_t i = threadIdx.x; i < Z::WORDS; i += Z::THREADS)
-        s->counter[i] = 0;
-    for (uint32_t i = threadIdx.x; i < BINS; i += Z::THREADS) {
-        low[i] = 0xFFFFFFFFu;
-        high[i] = 0;
-    }
+    zero<Z, BINS>(end);
     if (threadIdx.x == 0)
         s->crowded = 0;
+    if (threadIdx.x < SPLITTERS)
+        drawn[threadIdx.x] = s->list[threadIdx.x * n_list / SPLITTERS];
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < Z::ITEMS; i++) {
-        if (i * Z::THREADS + threadIdx.x < n_list) {
-            uint32_t key = item[i] >> 32;
-            atomicMin(&low[key >> 21], key);
-            atomicMax(&high[key >> 21], key);
-        }
+    if (threadIdx.x < SPLITTERS) { /* short lists draw some twice: those keep their order */
+        uint64_t x = drawn[threadIdx.x];
+        uint32_t rank = 0;
+        for (uint32_t j = 0; j < SPLITTERS; j++)
+            rank += drawn[j] < x || (drawn[j] == x && j < threadIdx.x);
+        splitter[rank] = x;
     }
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < Z::ITEMS; i++) {
-        uint32_t j = i * Z::THREADS + threadIdx.x;
-        if (j < n_list)
-            waiting[j] = enter_bucket(s, refined_bucket_of(s, low, high, item[i], n_list));
-    }
+    for (int i = 0; i < Z::ITEMS; i++)
+        if (i * Z::THREADS + threadIdx.x < n_list &&
+            atomicAdd(&end[part_of(splitter, item[i])], 1u) >= TOO_MANY)
+            s->crowded = 1;
     __syncthreads();
-    if (!s->crowded) {
-#pragma unroll
-        for (int i = 0; i < Z::ITEMS; i++) {
-            uint32_t j = i * Z::THREADS + threadIdx.x;
-            slot[i] = j < n_list ? waiting[j] : NO_SLOT;
-        }
-        scatter(s, item, slot);
+    if (s->crowded) {
+        sort_network(s, n_list);
         return;
     }
+    scan_hist(s, 1, 0);
+#pragma unroll
+    for (int i = 0; i < Z::ITEMS; i++)
+        if (i * Z::THREADS + threadIdx.x < n_list)
+            s->list[atomicAdd(&end[part_of(splitter, item[i])], 1u)] = item[i];
+    __syncthreads();
+    uint32_t to[Z::ITEMS];
 #pragma unroll
     for (int i = 0; i < Z::ITEMS; i++) {
-        uint32_t j = i * Z::THREADS + threadIdx.x;
-        if (j < n_list)
-            s->list[j] = item[i];
+        if (i * Z::THREADS + threadIdx.x >= n_list)
+            continue;
+        uint32_t part = part_of(splitter, item[i]), stop = end[part];
+        to[i] = part ? end[part - 1] : 0;
+        for (uint32_t j = to[i]; j < stop; j++)
+            to[i] += s->list[j] < item[i];
     }
-    sort_network(s, n_list);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < Z::ITEMS; i++)
+        if (i * Z::THREADS + threadIdx.x < n_list)
+            s->list[to[i]] = item[i];
+    __syncthreads();
 }
 
 /* Sorts the list. Needs the table of sums over the candidates' bins, last_low and last_high, and
@@ -460,42 +501,64 @@ template <class Z>
 static __device__ __forceinline__ void order(struct shared<Z> *s, uint32_t n_list) {
     uint64_t item[Z::ITEMS];
     uint32_t slot[Z::ITEMS];
-    float last_scale = __fdividef((float)(Z::SPREAD * (n_list - s->hist[s->last_high >> 21])),
-                                  (float)(s->last_high - s->last_low + 1));
+    if (s->last_high) {
+        uint32_t last = s->last_high >> 21;
+        float scale = __fdividef((float)(Z::SPREAD * (n_list - s->hist[last])),
+                                 (float)(s->last_high - s->last_low + 1));
 #pragma unroll
-    for (int i = 0; i < Z::ITEMS; i++) {
-        uint32_t j = i * Z::THREADS + threadIdx.x;
-        slot[i] = NO_SLOT;
-        if (j < n_list) {
-            item[i] = s->list[j];
-            slot[i] = enter_bucket(s, bucket_of(s, (uint32_t)(item[i] >> 32), n_list, last_scale));
+        for (int i = 0; i < Z::ITEMS; i++) {
+            uint32_t j = i * Z::THREADS + threadIdx.x;
+            slot[i] = NO_SLOT;
+            if (j < n_list) {
+                item[i] = s->list[j];
+                uint32_t key = item[i] >> 32;
+                slot[i] = enter_bucket(s, key >> 21 == last ? last_bucket_of(s, key, n_list, scale)
+                                                            : bucket_of(s, key));
+            }
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < Z::ITEMS; i++) {
+            uint32_t j = i * Z::THREADS + threadIdx.x;
+            slot[i] = NO_SLOT;
+            if (j < n_list) {
+                item[i] = s->list[j];
+                slot[i] = enter_bucket(s, bucket_of(s, (uint32_t)(item[i] >> 32)));
+            }
         }
     }
     __syncthreads();
     if (s->crowded)
-        order_crowded<Z>(n_list);
+        order_crowded<Z>();
     else
-        scatter(s, item, slot);
+        scatter(s, n_list, item, slot);
+}
+
+/* Where the j-th best is: the ties that follow the list lie at its far end, in reverse. */
+template <class Z>
+static __device__ __forceinline__ uint32_t place_of(uint32_t j, uint32_t n_list) {
+    return j < n_list ? j : Z::LIST - 1 - (j - n_list);
 }
 
 template <class Z>
-static __device__ __forceinline__ void write_row(struct shared<Z> *s, const struct problem *p,
-                                                 uint32_t n_list) {
+static __device__ __forceinline__ void write_row(struct shared<Z> *s, const struct problem *p) {
     const struct row *r = &s->row;
-    for (uint32_t j = threadIdx.x; j < (uint32_t)p->top_k; j += Z::THREADS)
-        r->indices[j] = j < n_list ? (int32_t)s->list[j] : -1;
+    uint32_t n_list = s->n_list, n = n_list + s->n_tied;
+    for (uint32_t j = threadIdx.x; j < r->top_k; j += Z::THREADS)
+        r->indices[j] = j < n ? (int32_t)s->list[place_of<Z>(j, n_list)] : -1;
     if (!r->values)
         return;
-    for (uint32_t j = threadIdx.x; j < (uint32_t)p->top_k; j += Z::THREADS)
+    for (uint32_t j = threadIdx.x; j < r->top_k; j += Z::THREADS)
         store_value(r->values, j, p->values_dtype,
-                    j < n_list ? score_of(s->list[j] >> 32) : __uint_as_float(0xFF800000u));
+                    j < n ? score_of(s->list[place_of<Z>(j, n_list)] >> 32)
+                          : __uint_as_float(0xFF800000u));
 }
 
 /* Builds the table of sums from the list itself. `high` bounds its keys. */
-template <class Z>
-static __device__ __forceinline__ void table_from_list(struct shared<Z> *s, uint32_t n_list,
-                                                       uint32_t high) {
-    zero_hist(s);
+template <class Z> static __device__ __noinline__ void table_from_list(uint32_t high) {
+    struct shared<Z> *s = shared_memory<Z>();
+    uint32_t n_list = s->n_list;
+    zero<Z, BINS>(s->hist);
     if (threadIdx.x == 0) {
         s->last_low = high;
         s->last_high = high;
@@ -521,94 +584,138 @@ static __device__ __forceinline__ void table_from_list(struct shared<Z> *s, uint
 
 /* ---- exact selection ------------------------------------------------------------------------- */
 
-/* Appends all keys better than `edge`, and of those equal to it the first `keep` by position. */
+/* What to collect: all keys better than `edge`, and of those equal to it the first `keep`. */
+struct cut {
+    uint32_t edge;
+    uint32_t keep; /* KEEP_ALL: they may all come, in any order */
+};
+
+/* Collects from four neighbouring keys of each thread. Ties that are counted go in their order to
+ * the far end of the list, where they need no further sorting. All threads take part; `seen` and
+ * `turn` are the same in all. */
 template <class Z>
-static __device__ __noinline__ void collect(uint32_t edge, uint32_t keep) {
-    struct shared<Z> *s = shared_memory<Z>();
-    const float *score = s->row.score;
-    uint32_t n = s->row.n;
-    uint32_t seen = 0, turn = 0;
-    for (uint32_t begin = 0; begin < n; begin += 4 * Z::THREADS) {
-        uint32_t i = begin + 4 * threadIdx.x;
-        float4 x = load4(score, i, n);
-        uint32_t key[4] = {key_of(x.x), key_of(x.y), key_of(x.z), key_of(x.w)}, equal = 0, take = 0;
+static __device__ __forceinline__ void collect4(struct shared<Z> *s, const uint32_t *key,
+                                                uint32_t position, struct cut cut, uint32_t *seen,
+                                                uint32_t *turn) {
+    uint32_t all = cut.keep == KEEP_ALL ? cut.edge + 1 : cut.edge, take = 0, equal = 0, total;
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            take += key[j] < edge;
-            equal += key[j] == edge;
-        }
-        uint32_t left = 0; /* how many of this thread's equal keys to take */
-        if (keep == KEEP_ALL) {
-            left = equal;
-        } else if (seen < keep) {
-            uint32_t total, before = seen + block_before(s, equal, turn, &total);
-            left = before < keep ? min(equal, keep - before) : 0;
-            seen += total;
-            turn ^= 1;
-        }
-        uint32_t at = reserve(s, take + left);
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            bool equals = key[j] == edge && left;
-            left -= equals;
-            if ((key[j] < edge || equals) && at < Z::LIST)
-                s->list[at] = pair(key[j], i + j);
-            at += key[j] < edge || equals;
-        }
+    for (int j = 0; j < 4; j++) {
+        take += key[j] < all;
+        equal += key[j] == cut.edge;
     }
+    uint32_t at = reserve(s, take), room = cut.keep == KEEP_ALL ? Z::LIST : Z::LIST - cut.keep;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        if (key[j] < all && at < room)
+            s->list[at] = pair(key[j], position + j);
+        at += key[j] < all;
+    }
+    if (cut.keep == KEEP_ALL || *seen >= cut.keep)
+        return;
+    uint32_t tie = *seen + block_before(s, equal, (int)*turn, &total);
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        if (key[j] == cut.edge && tie < cut.keep)
+            s->list[Z::LIST - 1 - tie] = pair(key[j], position + j);
+        tie += key[j] == cut.edge;
+    }
+    *seen += total;
+    *turn ^= 1;
+}
+
+template <class Z>
+static __device__ __forceinline__ void end_collect(struct shared<Z> *s, struct cut cut,
+                                                   uint32_t seen) {
+    if (threadIdx.x == 0)
+        s->n_tied = cut.keep == KEEP_ALL ? 0 : min(seen, cut.keep);
     __syncthreads();
 }
 
-/* Counts the digit at `shift` of those keys whose earlier digits are `prefix`. */
-template <class Z>
-static __device__ __noinline__ void count_digits(uint32_t prefix, int shift) {
+/* Collects from the row in memory into an empty list. */
+template <class Z> static __device__ __noinline__ void collect(uint32_t edge, uint32_t keep) {
     struct shared<Z> *s = shared_memory<Z>();
+    struct cut cut = {edge, keep};
     const float *score = s->row.score;
-    uint32_t n = s->row.n;
-    uint32_t above = shift == 21 ? 31 : shift == 10 ? 21 : 10, last = shift ? 2047 : 1023;
-    for (uint32_t begin = threadIdx.x / LANES * 512; begin < n; begin += 16 * Z::THREADS) {
-        float4 x[4];
-        load16(x, score, begin, n);
-#pragma unroll
-        for (int i = 0; i < 16; i++) {
-            float y = i % 4 == 0 ? x[i / 4].x : i % 4 == 1 ? x[i / 4].y : i % 4 == 2 ? x[i / 4].z : x[i / 4].w;
-            uint32_t key = key_of(y);
-            if (shift == 21 || key >> above == prefix)
-                atomicAdd(&s->hist[key >> shift & last], 1u);
-        }
-    }
-    __syncthreads();
-}
-
-/* Leaves in the list at least the top_k best (all, if there are fewer), by passes over the row:
- * digits of 11, 11 and 10 bits, until the candidates fit. */
-template <class Z> static __device__ __noinline__ void exact_select(void) {
-    struct shared<Z> *s = shared_memory<Z>();
-    uint32_t prefix = 0, before = 0, count = 0, top_k = s->row.top_k;
-    int shift = 32;
-    do {
-        int bits = shift == 10 ? 10 : 11;
-        shift -= bits;
-        __syncthreads();
-        zero_hist(s);
-        __syncthreads();
-        count_digits<Z>(prefix, shift);
-        scan_hist(s, top_k - before, shift == 21);
-        if (s->total == 0)
-            break;
-        prefix = prefix << bits | s->bin;
-        before += s->before;
-        count = s->count;
-    } while (shift && before + count > Z::LIST);
-
-    uint32_t edge = prefix << shift | ((1u << shift) - 1);
+    uint32_t n = s->row.n, seen = 0, turn = 0;
     __syncthreads();
     if (threadIdx.x == 0)
         s->n_list = 0;
     __syncthreads();
-    if (count)
-        collect<Z>(edge, before + count > Z::LIST ? top_k - before : KEEP_ALL);
-    table_from_list(s, s->n_list, edge);
+    for (uint32_t begin = 0; begin < n; begin += 4 * Z::THREADS) {
+        uint32_t i = begin + 4 * threadIdx.x;
+        float4 x = load4(score, i, n);
+        uint32_t key[4] = {key_of(x.x), key_of(x.y), key_of(x.z), key_of(x.w)};
+        collect4(s, key, i, cut, &seen, &turn);
+    }
+    end_collect(s, cut, seen);
+}
+
+/* Counts the digit at `shift` of those keys whose earlier digits are `prefix`. */
+template <class Z>
+static __device__ __forceinline__ void count_digit(struct shared<Z> *s, uint32_t key,
+                                                   uint32_t prefix, int shift) {
+    if (shift == 21)
+        atomicAdd(&s->hist[key >> 21], 1u);
+    else if (shift == 10 && key >> 21 == prefix)
+        atomicAdd(&s->hist[key >> 10 & 2047], 1u);
+    else if (shift == 0 && key >> 10 == prefix)
+        atomicAdd(&s->hist[key & 1023], 1u);
+}
+
+template <class Z> static __device__ __noinline__ void count_row(int shift) {
+    struct shared<Z> *s = shared_memory<Z>();
+    const float *score = s->row.score;
+    uint32_t n = s->row.n, prefix = s->prefix;
+    for (uint32_t begin = threadIdx.x / LANES * 512; begin < n; begin += 16 * Z::THREADS) {
+        float4 x[4];
+        load16(x, score, begin, n);
+#pragma unroll
+        for (int g = 0; g < 4; g++) {
+            count_digit(s, key_of(x[g].x), prefix, shift);
+            count_digit(s, key_of(x[g].y), prefix, shift);
+            count_digit(s, key_of(x[g].z), prefix, shift);
+            count_digit(s, key_of(x[g].w), prefix, shift);
+        }
+    }
+    __syncthreads();
+}
+
+/* Leaves in the list the top_k best, or all if there are fewer, whatever the data: digits of 11,
+ * 11 and 10 bits until the candidates fit, then one pass that collects. `known` says that the first
+ * digit has been counted and scanned: the wanted rank is in s->bin. */
+template <class Z> static __device__ __noinline__ void exact_select(int known) {
+    struct shared<Z> *s = shared_memory<Z>();
+    int shift = 21;
+    __syncthreads();
+    if (threadIdx.x == 0)
+        s->prefix = s->better = 0;
+    for (;;) {
+        if (!known) {
+            zero<Z, BINS>(s->hist);
+            __syncthreads();
+            count_row<Z>(shift);
+            scan_hist(s, s->row.top_k - s->better, shift == 21);
+        }
+        known = 0;
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            s->prefix = s->prefix << (shift ? 11 : 10) | s->bin;
+            s->better += s->before;
+        }
+        __syncthreads();
+        if (s->total == 0) { /* all are masked */
+            if (threadIdx.x == 0)
+                s->n_list = s->n_tied = 0;
+            __syncthreads();
+            return;
+        }
+        if (shift == 0 || s->better + s->count <= Z::LIST)
+            break;
+        shift = shift == 21 ? 10 : 0;
+    }
+    uint32_t edge = s->prefix << shift | ((1u << shift) - 1);
+    collect<Z>(edge, s->better + s->count <= Z::LIST ? KEEP_ALL : s->row.top_k - s->better);
+    table_from_list<Z>(edge);
 }
 
 /* Where a threshold let more pass than the list holds, equal scores are the usual cause. If most
@@ -637,23 +744,21 @@ template <class Z> static __device__ __noinline__ int plateau_select(void) {
     block_before(s, equal, 0, &total);
     if (2 * total < listed)
         return 0;
-    __syncthreads();
-    if (threadIdx.x == 0)
-        s->n_list = 0;
-    __syncthreads();
     collect<Z>(worst, top_k);
-    if (s->n_list < top_k || s->n_list > Z::LIST)
+    uint32_t n_list = s->n_list;
+    if (n_list > Z::LIST - top_k || n_list + s->n_tied < top_k)
         return 0;
-    table_from_list(s, s->n_list, worst);
+    table_from_list<Z>(worst);
     return 1;
 }
 
 /* ---- short rows ------------------------------------------------------------------------------ */
 
 /* The row in registers: histogram, threshold bin, and all candidates of it and the bins before. */
-template <class Z>
-static __device__ __forceinline__ void feed_short(struct shared<Z> *s, const float *score,
-                                                  uint32_t n, uint32_t top_k) {
+template <class Z> static __device__ __noinline__ void feed_short(void) {
+    struct shared<Z> *s = shared_memory<Z>();
+    const float *score = s->row.score;
+    uint32_t n = s->row.n, top_k = s->row.top_k;
     const int GROUPS = SHORT / 4 / Z::THREADS;
     float4 x[GROUPS];
     uint32_t key[GROUPS * 4];
@@ -677,28 +782,11 @@ static __device__ __forceinline__ void feed_short(struct shared<Z> *s, const flo
     }
     __syncthreads();
     scan_hist(s, top_k, 1);
-    uint32_t bin = s->bin, count = s->count;
     if (s->total == 0)
         return;
-    if (s->before + count > Z::LIST) {
-        exact_select<Z>();
-        return;
-    }
+    uint32_t bin = s->bin, before = s->before, count = s->count;
     uint32_t low = bin << 21, edge = low | 0x1FFFFFu, take = 0;
-#pragma unroll
-    for (int i = 0; i < GROUPS * 4; i++)
-        take += key[i] <= edge;
-    uint32_t at = reserve(s, take);
-#pragma unroll
-    for (int i = 0; i < GROUPS * 4; i++)
-        if (key[i] <= edge)
-            s->list[at++] = pair(key[i], 4 * (i / 4 * Z::THREADS + threadIdx.x) + i % 4);
-    if (count <= WIDE_BIN) {
-        if (threadIdx.x == 0) {
-            s->last_low = low;
-            s->last_high = edge;
-        }
-    } else {
+    if (count > WIDE_BIN) {
         uint32_t worst = 0, best = edge;
 #pragma unroll
         for (int i = 0; i < GROUPS * 4; i++) {
@@ -713,7 +801,27 @@ static __device__ __forceinline__ void feed_short(struct shared<Z> *s, const flo
             atomicMax(&s->last_high, worst);
             atomicMin(&s->last_low, best);
         }
+        __syncthreads();
+        if (before + count > Z::LIST && s->last_low < s->last_high) {
+            exact_select<Z>(1);
+            return;
+        }
+        if (before + count > top_k && s->last_low == s->last_high) { /* one value: a plateau */
+            collect<Z>(s->last_low, top_k - before); /* reads again: keys kept for it spill */
+            if (threadIdx.x == 0)
+                s->last_high = 0;
+            __syncthreads();
+            return;
+        }
     }
+#pragma unroll
+    for (int i = 0; i < GROUPS * 4; i++)
+        take += key[i] <= edge;
+    uint32_t at = reserve(s, take);
+#pragma unroll
+    for (int i = 0; i < GROUPS * 4; i++)
+        if (key[i] <= edge)
+            s->list[at++] = pair(key[i], 4 * (i / 4 * Z::THREADS + threadIdx.x) + i % 4);
     __syncthreads();
 }
 
@@ -743,11 +851,12 @@ template <class Z>
 static __device__ __forceinline__ uint32_t sampled_edge(struct shared<Z> *s, const float *score,
                                                         uint32_t n, uint32_t top_k) {
     const int EACH = SAMPLE / Z::THREADS;
-    uint32_t key[EACH], doublings = 0;
+    uint32_t doublings = 0;
     while (doublings < 14 && n >> doublings > SAMPLE_REACH)
         doublings++;
     uint32_t rounds = 1u << doublings;
     for (uint32_t r = 0; r < rounds; r++) {
+        uint32_t key[EACH];
         load_sample<Z>(key, score, n, r, doublings);
 #pragma unroll
         for (int j = 0; j < EACH; j++)
@@ -761,11 +870,11 @@ static __device__ __forceinline__ uint32_t sampled_edge(struct shared<Z> *s, con
     if (s->total < rank || (float)rank * (float)n > 0.97f * Z::LIST * SAMPLE * (float)rounds)
         return KEY_MASKED;
     __syncthreads();
-    zero_hist(s);
+    zero<Z, BINS>(s->hist);
     __syncthreads();
-    for (uint32_t r = rounds; r-- > 0;) {
-        if (r + 1 < rounds) /* the last round's keys are still there */
-            load_sample<Z>(key, score, n, r, doublings);
+    for (uint32_t r = 0; r < rounds; r++) { /* from L1; kept in registers they would spill */
+        uint32_t key[EACH];
+        load_sample<Z>(key, score, n, r, doublings);
 #pragma unroll
         for (int j = 0; j < EACH; j++)
             if (key[j] >> 21 == bin)
@@ -824,22 +933,23 @@ static __device__ __forceinline__ void make_keys(struct shared<Z> *s, uint32_t n
     }
 }
 
-template <class Z>
-static __device__ __forceinline__ void feed_long(struct shared<Z> *s, const float *score,
-                                                 uint32_t n, uint32_t top_k) {
+template <class Z> static __device__ __noinline__ void feed_long(void) {
+    struct shared<Z> *s = shared_memory<Z>();
+    const float *score = s->row.score;
+    uint32_t n = s->row.n, top_k = s->row.top_k;
     uint32_t edge = sampled_edge(s, score, n, top_k);
     if (edge != KEY_MASKED) {
         stream(s, score, n, score_of(edge));
         uint32_t n_list = s->n_list;
         if (n_list >= top_k && n_list <= Z::LIST) {
             make_keys(s, n_list);
-            table_from_list(s, n_list, edge);
+            table_from_list<Z>(edge);
             return;
         }
         if (n_list > Z::LIST && plateau_select<Z>())
             return;
     }
-    exact_select<Z>();
+    exact_select<Z>(0);
 }
 
 /* ---- kernels --------------------------------------------------------------------------------- */
@@ -850,11 +960,11 @@ static __device__ __forceinline__ void begin_row(struct shared<Z> *s, const stru
                                                  int64_t number) {
     if (threadIdx.x == 0)
         s->row = find_row(slab, number);
-    zero_hist(s);
-    for (int i = threadIdx.x; i < Z::WORDS; i += Z::THREADS)
-        s->counter[i] = 0;
+    zero<Z, BINS>(s->hist);
+    zero<Z, Z::WORDS>(s->counter);
     if (threadIdx.x == 0) {
         s->n_list = 0;
+        s->n_tied = 0;
         s->crowded = 0;
         s->last_low = 0xFFFFFFFFu;
         s->last_high = 0;
@@ -864,10 +974,9 @@ static __device__ __forceinline__ void begin_row(struct shared<Z> *s, const stru
 
 template <class Z>
 static __device__ __forceinline__ void finish_row(struct shared<Z> *s, const struct problem *p) {
-    uint32_t n_list = s->n_list;
-    if (n_list)
-        order(s, n_list);
-    write_row(s, p, n_list);
+    if (s->n_list)
+        order(s, s->n_list);
+    write_row(s, p);
 }
 
 /* One block, one row. Causal rows grow, so the last comes first. */
@@ -877,12 +986,11 @@ row_kernel(const __grid_constant__ struct launch l) {
     struct shared<Z> *s = shared_memory<Z>();
     const struct problem *p = &l.slab.p;
     begin_row(s, &l.slab, l.slab.row_end - 1 - blockIdx.x);
-    const float *score = s->row.score;
     uint32_t n = s->row.n;
     if (n > SHORT)
-        feed_long(s, score, n, p->top_k);
+        feed_long<Z>();
     else if (n)
-        feed_short(s, score, n, p->top_k);
+        feed_short<Z>();
     finish_row(s, p);
 }
 
@@ -939,7 +1047,7 @@ split_kernel(const __grid_constant__ struct launch l) {
         if (block)
             return;
         if (n)
-            feed_short(s, score, n, p->top_k);
+            feed_short<Z>();
         finish_row(s, p);
         return;
     }
@@ -975,9 +1083,9 @@ split_kernel(const __grid_constant__ struct launch l) {
     uint32_t n_list = s->n_list;
     if (n_list >= (uint32_t)p->top_k && n_list <= Z::LIST && !s->flag) {
         make_keys(s, n_list);
-        table_from_list(s, n_list, edge);
+        table_from_list<Z>(edge);
     } else if (n_list <= Z::LIST || !plateau_select<Z>()) {
-        exact_select<Z>();
+        exact_select<Z>(0);
     }
     finish_row(s, p);
 }
