@@ -35,8 +35,9 @@ enum {
     STEPS = 8,                      /* elements in one round of the dot loop */
     TILE_BLOCKS = 3,
     TILE = TILE_BLOCKS * KEY_BLOCK, /* 48 keys: a multiple of 6, 12 and 16 */
+    PITCH = MAX_HEAD_DIM,           /* floats from key to key in the scratch */
     NEAR = 1,                       /* tiles of 128-element keys to the fetch into L1 */
-    FAR = 5,                        /* and into L2 */
+    FAR = 4,                        /* and into L2 */
 };
 
 static int group_count(int n_heads) {
@@ -81,64 +82,102 @@ INLINE void pack(void *packed, const struct query_row *row, int dtype) {
 }
 
 /* n rows of a block as fp32. */
-INLINE void widen_rows(float *wide, const unsigned char *rows, int64_t stride, int n, int D,
+INLINE void widen_rows(float *wide, const unsigned char *rows, int64_t stride, int n, int head_dim,
                        int dtype) {
-    for (int j = 0; j < n; j++, rows += stride) {
-        UNROLL
-        for (int d = 0; d < D; d += LANES)
-            _mm256_store_ps(wide + j * D + d, widen(rows + 2 * d, dtype));
+    for (int j = 0; j < n; j++, rows += stride, wide += PITCH) {
+        for (int d = 0; d < head_dim; d += 4 * LANES) {
+            UNROLL
+            for (int i = 0; i < 4 * LANES; i += LANES)
+                _mm256_store_ps(wide + d + i, widen(rows + 2 * (d + i), dtype));
+        }
     }
 }
 
-/* Where the next lines to fetch are; a step is 0 where there is nothing to fetch. */
+/* Where the next lines to fetch are, and how far from one fetch to the next; a step is 0 where
+ * there is nothing to fetch. */
 struct ahead {
     const unsigned char *near, *far;
     int64_t near_step, far_step;
 };
 
-/* A panel of P groups against the first n keys of a tile, rounded up to whole groups of K: sums[j]
- * gets, or is raised by, key j's weighted ReLUs, a lane for each 8th head. */
-INLINE void panel(float sums[TILE][LANES], const float *query, const float *weights,
-                  const float *masks, const float *keys, struct ahead ahead, int n, int P, int D,
-                  int first) {
+/* The intrinsic leaves gcc free to let sums wander between registers; with 15 of 16 in use it then
+ * spills some in every round. This form adds in place. */
+INLINE void multiply_add(__m256 *sum, __m256 a, __m256 b) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(*sum) : "x"(a), "x"(b));
+}
+
+/* The dot products of P groups with K keys, dot[i * P + g] for key i. */
+INLINE void dots(float dot[CHAINS][LANES], const float *query, const float *keys, int head_dim,
+                 struct ahead *ahead, int P) {
     const int K = CHAINS / P;
-    for (int j = 0; j < n; j += K, keys += K * D) {
-        const float *q = query, *k = keys;
-        __m256 dot[CHAINS];
+    const float *end = keys + head_dim;
+    const unsigned char *near = ahead->near, *far = ahead->far;
+    const int64_t near_step = ahead->near_step, far_step = ahead->far_step;
+    __m256 sum[CHAINS];
+    UNROLL
+    for (int i = 0; i < CHAINS; i++)
+        sum[i] = _mm256_setzero_ps();
+    for (; keys < end; keys += STEPS, query += STEPS * P * LANES) {
         UNROLL
-        for (int i = 0; i < CHAINS; i++)
-            dot[i] = _mm256_setzero_ps();
-        for (int d = 0; d < D; d += STEPS) {
+        for (int s = 0; s < STEPS; s++) {
+            __m256 q[2];
             UNROLL
-            for (int s = 0; s < STEPS; s++) {
-                __m256 qv[2];
+            for (int g = 0; g < P; g++)
+                q[g] = _mm256_load_ps(query + (s * P + g) * LANES);
+            UNROLL
+            for (int i = 0; i < K; i++) {
+                __m256 k = _mm256_broadcast_ss(keys + i * PITCH + s);
                 UNROLL
                 for (int g = 0; g < P; g++)
-                    qv[g] = _mm256_load_ps(q + (s * P + g) * LANES);
-                UNROLL
-                for (int i = 0; i < K; i++) {
-                    __m256 kv = _mm256_broadcast_ss(k + i * D + s);
-                    UNROLL
-                    for (int g = 0; g < P; g++)
-                        dot[i * P + g] = _mm256_fmadd_ps(kv, qv[g], dot[i * P + g]);
-                }
-                if (s % (2 * P) == 0) {
-                    _mm_prefetch((const char *)ahead.near, _MM_HINT_T0);
-                    _mm_prefetch((const char *)ahead.far, _MM_HINT_T1);
-                    ahead.near += ahead.near_step;
-                    ahead.far += ahead.far_step;
-                }
+                    multiply_add(&sum[i * P + g], q[g], k);
             }
-            q += STEPS * P * LANES;
-            k += STEPS;
+            if (s % (2 * P) == 0) {
+                _mm_prefetch((const char *)near, _MM_HINT_T0);
+                _mm_prefetch((const char *)far, _MM_HINT_T1);
+                near += near_step;
+                far += far_step;
+            }
         }
+    }
+    ahead->near = near;
+    ahead->far = far;
+    UNROLL
+    for (int i = 0; i < CHAINS; i++)
+        _mm256_store_ps(dot[i], sum[i]);
+}
+
+/* Functions of their own, so that nothing around them competes for registers. */
+TARGET __attribute__((noinline)) static void dots_1(float dot[CHAINS][LANES], const float *query,
+                                                    const float *keys, int head_dim,
+                                                    struct ahead *ahead) {
+    dots(dot, query, keys, head_dim, ahead, 1);
+}
+
+TARGET __attribute__((noinline)) static void dots_2(float dot[CHAINS][LANES], const float *query,
+                                                    const float *keys, int head_dim,
+                                                    struct ahead *ahead) {
+    dots(dot, query, keys, head_dim, ahead, 2);
+}
+
+/* A panel of P groups against the first n keys of a tile, rounded up to whole groups of K: sums[j]
+ * is raised by key j's weighted ReLUs, a lane for each 8th head. */
+INLINE void panel(float sums[TILE][LANES], const float *query, const float *weights,
+                  const float *masks, const float *keys, struct ahead *ahead, int n, int head_dim,
+                  int P) {
+    const int K = CHAINS / P;
+    float dot[CHAINS][LANES] __attribute__((aligned(64)));
+    for (int j = 0; j < n; j += K) {
+        if (P == 2)
+            dots_2(dot, query, keys + j * PITCH, head_dim, ahead);
+        else
+            dots_1(dot, query, keys + j * PITCH, head_dim, ahead);
         UNROLL
         for (int i = 0; i < K; i++) {
-            __m256 sum = first ? _mm256_setzero_ps() : _mm256_load_ps(sums[j + i]);
+            __m256 sum = _mm256_load_ps(sums[j + i]);
             UNROLL
             for (int g = 0; g < P; g++) {
                 /* The second operand is what MAX returns beside a NaN. */
-                __m256 relu = _mm256_max_ps(_mm256_setzero_ps(), dot[i * P + g]);
+                __m256 relu = _mm256_max_ps(_mm256_setzero_ps(), _mm256_load_ps(dot[i * P + g]));
                 relu = _mm256_and_ps(relu, _mm256_load_ps(masks + g * LANES));
                 sum = _mm256_fmadd_ps(relu, _mm256_load_ps(weights + g * LANES), sum);
             }
@@ -167,46 +206,50 @@ INLINE __m256 add_lanes(float sums[][LANES]) {
                          _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
 }
 
-/* block[i], or `here` with a step of 0 where the list has no such entry. A step of 48 bytes every
- * 2 P elements walks through the 2 D bytes of each of 12 / P keys in D elements. */
-INLINE const unsigned char *listed(const struct key_run *run, int total, int i, const void *here,
+/* block[i], or `here` with a step of 0 where the list has no such entry. */
+static const unsigned char *listed(const struct key_run *run, int i, const void *here,
                                    int64_t *step) {
-    *step = i < total ? 48 : 0;
+    int total = (run->n_keys + KEY_BLOCK - 1) / KEY_BLOCK + run->n_ahead;
+    *step = i < total ? *step : 0;
     return i < total ? run->block[i] : here;
 }
 
+/* The tiles to fetch while the one at block b is scored. A panel issues a fetch every 2 P elements
+ * of every 12 / P keys: one for 48 bytes of the tile, so n panels advance by 48 / n each time. */
+static struct ahead ahead_of(const struct key_run *run, int b, int head_dim, int panels) {
+    int64_t step = (48 + panels - 1) / panels;
+    struct ahead ahead = {NULL, NULL, step, step};
+    int tile = TILE_BLOCKS * MAX_HEAD_DIM / head_dim;
+    ahead.near = listed(run, b + NEAR * tile, run->block[b], &ahead.near_step);
+    ahead.far = listed(run, b + FAR * tile, run->block[b], &ahead.far_step);
+    return ahead;
+}
+
 /* The keys of up to three blocks from block b on. */
-INLINE void score_tile(float *score, const void *packed, int n_heads, const struct key_run *run,
-                       int b, int D, int dtype) {
+INLINE void score_tile(float *score, const void *packed, int n_heads, int head_dim,
+                       const struct key_run *run, int b, int dtype) {
     const int groups = group_count(n_heads);
     const float *weights = packed, *masks = weights + groups * LANES;
     const float *query = masks + groups * LANES;
-    const int total = (run->n_keys + KEY_BLOCK - 1) / KEY_BLOCK + run->n_ahead;
     const int left = run->n_keys - b * KEY_BLOCK, n = left < TILE ? left : TILE;
-    float wide[TILE * MAX_HEAD_DIM] __attribute__((aligned(64)));
+    struct ahead ahead = ahead_of(run, b, head_dim, (groups + 1) / 2);
+    float wide[TILE * PITCH] __attribute__((aligned(64)));
     float sums[TILE][LANES] __attribute__((aligned(64)));
     float scores[TILE] __attribute__((aligned(64)));
     for (int j = 0; j < n; j += KEY_BLOCK)
-        widen_rows(wide + j * D, run->block[b + j / KEY_BLOCK], run->row_stride,
-                   n - j < KEY_BLOCK ? n - j : KEY_BLOCK, D, dtype);
-    if (n < TILE) { /* panels work on whole groups, and the tree on 8 keys */
-        int spare = TILE - n < CHAINS ? TILE - n : CHAINS;
-        memset(wide + n * D, 0, sizeof(float) * (size_t)(spare * D));
-        memset(sums, 0, sizeof sums);
-    }
-    struct ahead ahead;
-    const void *here = run->block[b];
-    ahead.near = listed(run, total, b + NEAR * TILE_BLOCKS * 128 / D, here, &ahead.near_step);
-    ahead.far = listed(run, total, b + FAR * TILE_BLOCKS * 128 / D, here, &ahead.far_step);
-    for (int g = 0; g < groups;) {
-        int P = panel_groups(groups - g), first = g == 0;
-        if (P == 2)
-            panel(sums, query, weights + g * LANES, masks + g * LANES, wide, ahead, n, 2, D, first);
+        widen_rows(wide + j * PITCH, run->block[b + j / KEY_BLOCK], run->row_stride,
+                   n - j < KEY_BLOCK ? n - j : KEY_BLOCK, head_dim, dtype);
+    for (int j = n; j < TILE && j < n + CHAINS; j++) /* panels work on whole groups of keys */
+        memset(wide + j * PITCH, 0, PITCH * sizeof(float));
+    memset(sums, 0, sizeof sums);
+    for (int g = 0; g < groups; g += 2) {
+        if (groups - g >= 2)
+            panel(sums, query, weights + g * LANES, masks + g * LANES, wide, &ahead, n, head_dim,
+                  2);
         else
-            panel(sums, query, weights + g * LANES, masks + g * LANES, wide, ahead, n, 1, D, first);
-        query += D * P * LANES;
-        g += P;
-        ahead = (struct ahead){here, here, 0, 0};
+            panel(sums, query, weights + g * LANES, masks + g * LANES, wide, &ahead, n, head_dim,
+                  1);
+        query += 2 * head_dim * LANES;
     }
     for (int j = 0; j < n; j += LANES)
         _mm256_store_ps(scores + j, add_lanes(sums + j));
@@ -215,12 +258,8 @@ INLINE void score_tile(float *score, const void *packed, int n_heads, const stru
 
 INLINE void score(float *out, const void *packed, int n_heads, int head_dim,
                   const struct key_run *run, int dtype) {
-    for (int b = 0; b * KEY_BLOCK < run->n_keys; b += TILE_BLOCKS) {
-        if (head_dim == 128)
-            score_tile(out + b * KEY_BLOCK, packed, n_heads, run, b, 128, dtype);
-        else
-            score_tile(out + b * KEY_BLOCK, packed, n_heads, run, b, 64, dtype);
-    }
+    for (int b = 0; b * KEY_BLOCK < run->n_keys; b += TILE_BLOCKS)
+        score_tile(out + b * KEY_BLOCK, packed, n_heads, head_dim, run, b, dtype);
 }
 
 TARGET static void pack_bf16(void *packed, const struct query_row *row) {
