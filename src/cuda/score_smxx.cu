@@ -214,7 +214,9 @@ static __device__ __forceinline__ bool next_item(const struct slab *s, const str
     const struct problem *p = &s->p;
     for (; walk->at < walk->end && walk->batch < p->n_batch; walk->batch++, walk->number = -1) {
         struct batch_part part = part_of_batch(p, line, walk->batch);
-        if (walk->number < 0 && part.n_items > 0) {
+        if (part.n_items == 0)
+            continue;
+        if (walk->number < 0) {
             int64_t in = walk->begin - walk->at;
             walk->number = in > 0 ? item_at(p, line, &part, in) : 0;
             walk->at += places_before(p, line, &part, walk->number);

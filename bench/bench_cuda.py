@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times the CUDA backend against the floors that this GPU has in the same run.
+
+    python3 bench/bench_cuda.py --library PATH [--json FILE] [--only TEXT] [--quick]
+
+Every time is the median of CUDA-event times of whole runs (scores and ordered top-k), with 256 MB
+written between them so that nothing is left in L2. Floors: R is the rate of an 8192^3 bf16 matrix
+product (cuBLAS through torch), C that of a device copy, counting bytes read and written. The floor
+of a prefill is its visible pairs' products at R, of a decode step its keys' bytes at C.
+
+The library is called through ctypes, torch only provides memory, events and the comparisons. One
+that is linked with bench/count_cycles.c also reports how busy the tensor cores are.
+"""
+import argparse
+import ctypes
+import json
+import statistics
+import sys
+
+import torch
+
+TOP_K = 2048
+FLUSH_BYTES = 256 << 20
+
+
+class Device(ctypes.Structure):
+    _fields_ = [("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32)]
+
+
+class DType(ctypes.Structure):
+    _fields_ = [("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16)]
+
+
+class Tensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device", Device),
+        ("ndim", ctypes.c_int32),
+        ("dtype", DType),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+TENSOR = ctypes.POINTER(Tensor)
+
+
+class Args(ctypes.Structure):
+    _fields_ = [
+        ("size", ctypes.c_size_t),
+        ("query", TENSOR),
+        ("key", TENSOR),
+        ("weights", TENSOR),
+        ("actual_seq_lengths_query", TENSOR),
+        ("actual_seq_lengths_key", TENSOR),
+        ("block_table", TENSOR),
+        ("layout_query", ctypes.c_int32),
+        ("layout_key", ctypes.c_int32),
+        ("sparse_count", ctypes.c_int32),
+        ("sparse_mode", ctypes.c_int32),
+        ("sparse_indices", TENSOR),
+        ("sparse_values", TENSOR),
+        ("stream", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_size", ctypes.c_size_t),
+        ("error_word", ctypes.c_void_p),
+    ]
+
+
+class Options(ctypes.Structure):
+    _fields_ = [
+        ("size", ctypes.c_size_t),
+        ("n_threads", ctypes.c_int32),
+        ("kernel", ctypes.c_char_p),
+    ]
+
+
+CODES = {torch.bfloat16: (4, 16), torch.float16: (2, 16), torch.float32: (2, 32),
+         torch.int32: (0, 32)}
+BSND, PA_BSND, CAUSAL = 0, 2, 3
+
+
+def describe(tensor):
+    """A struct lidx_tensor that keeps what it points at alive."""
+    code, bits = CODES[tensor.dtype]
+    shape = (ctypes.c_int64 * tensor.dim())(*tensor.shape)
+    described = Tensor(tensor.data_ptr(), Device(2, tensor.device.index or 0), tensor.dim(),
+                       DType(code, bits, 1), shape, None, 0)
+    described.owner = (tensor, shape)
+    return described
+
+
+class Library:
+    def __init__(self, path):
+        self.dll = ctypes.CDLL(path)
+        self.dll.lidx_last_error.restype = ctypes.c_char_p
+        self.contexts = {}
+
+    def check(self, status):
+        if status:
+            raise RuntimeError(self.dll.lidx_last_error().decode())
+
+    def context(self, kernel):
+        if kernel not in self.contexts:
+            options = Options(ctypes.sizeof(Options), 0, kernel.encode() if kernel else None)
+            context = ctypes.c_void_p()
+            self.check(self.dll.lidx_create(ctypes.byref(context), ctypes.byref(options)))
+            self.contexts[kernel] = context
+        return self.contexts[kernel]
+
+    def runner(self, problem, kernel=None):
+        """A function that enqueues one run, and the bytes of workspace it has."""
+        context = self.context(kernel)
+        tensors = {name: describe(t) for name, t in problem.tensors.items()}
+        args = Args(size=ctypes.sizeof(Args), layout_query=BSND,
+                    layout_key=PA_BSND if "block_table" in tensors else BSND, sparse_count=TOP_K,
+                    sparse_mode=CAUSAL)
+        for name, tensor in tensors.items():
+            setattr(args, name, ctypes.pointer(tensor))
+        size = ctypes.c_size_t()
+        self.check(self.dll.lidx_workspace_size(context, ctypes.byref(args), ctypes.byref(size)))
+        workspace = torch.empty(size.value + 256, dtype=torch.uint8, device="cuda")
+        args.workspace = (workspace.data_ptr() + 255) // 256 * 256
+        args.workspace_size = size.value
+        args.stream = torch.cuda.current_stream().cuda_stream
+
+        def run():
+            self.check(self.dll.lidx_run(context, ctypes.byref(args)))
+
+        run.owner = (tensors, workspace, args)
+        return run, size.value
+
+
+class Prefill:
+    def __init__(self, n_query, n_key, n_heads=64, dtype=torch.bfloat16, head_dim=128):
+        self.name = f"prefill {n_query} x {n_key}"
+        self.pairs = sum(n_key - n_query + i + 1 for i in range(n_query))
+        self.flops = 2 * self.pairs * n_heads * head_dim
+        self.n_heads, self.head_dim = n_heads, head_dim
+        self.tensors = {
+            "query": torch.randn(1, n_query, n_heads, head_dim, device="cuda", dtype=dtype),
+            "key": torch.randn(1, n_key, 1, head_dim, device="cuda", dtype=dtype),
+            "weights": torch.randn(1, n_query, n_heads, device="cuda", dtype=dtype),
+            "sparse_indices": torch.empty(1, n_query, 1, TOP_K, device="cuda", dtype=torch.int32),
+        }
+
+    def floor(self, rates):
+        return self.flops / rates["R"]
+
+
+class Decode:
+    def __init__(self, n_batch, n_key, next_n=1, n_heads=64, page=64, dtype=torch.bfloat16):
+        self.name = f"decode {n_batch} x {n_key}" + (f" next_n {next_n}" if next_n > 1 else "")
+        self.key_bytes = n_batch * n_key * 128 * 2
+        width = n_key // page
+        table = torch.randperm(n_batch * width, device="cuda").to(torch.int32)
+        keys = torch.empty(n_batch * width, page, 1, 128, device="cuda", dtype=dtype)
+        keys.normal_()
+        lengths = torch.full((n_batch,), n_key, device="cuda", dtype=torch.int32)
+        shape = (n_batch, next_n, n_heads)
+        self.tensors = {
+            "query": torch.randn(*shape, 128, device="cuda", dtype=dtype),
+            "key": keys,
+            "weights": torch.randn(*shape, device="cuda", dtype=dtype),
+            "actual_seq_lengths_key": lengths,
+            "block_table": table.view(n_batch, width).contiguous(),
+            "sparse_indices": torch.empty(n_batch, next_n, 1, TOP_K, device="cuda",
+                                          dtype=torch.int32),
+        }
+
+    def floor(self, rates):
+        return self.key_bytes / rates["C"]
+
+
+def median_seconds(run, repeats, flush):
+    """The flush before each run is longer than enqueueing it, so no gap of the host's is timed."""
+    for _ in range(2):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3)
+    return statistics.median(times)
+
+
+def measure_rates(flush):
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    for _ in range(20):
+        a @ b
+    return {
+        "R": 2 * 8192**3 / median_seconds(lambda: a @ b, 15, flush),
+        "C": 2 * source.numel() / median_seconds(lambda: target.copy_(source), 15, flush),
+    }
+
+
+def split_seconds(run, flush):
+    """Mean kernel times of a run by what they do, or nothing where the profiler does not work."""
+    try:
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as record:
+            for _ in range(5):
+                flush.zero_()
+                run()
+            torch.cuda.synchronize()
+        parts = {"scores": 0.0, "selection": 0.0}
+        for event in record.key_averages():
+            if "score" in event.key:
+                parts["scores"] += event.device_time_total * 1e-6 / 5
+            elif "kernel" in event.key and "at::" not in event.key:
+                parts["selection"] += event.device_time_total * 1e-6 / 5
+        return parts if parts["scores"] else {}
+    except Exception as error:  # the profiler is a convenience: never fail the benchmark for it
+        print(f"# no profile: {error}", file=sys.stderr)
+        return {}
+
+
+def eager(problem):
+    """The formula in torch, bf16, in blocks of queries whose scores fit 4 GiB."""
+    q, k, w = (problem.tensors[n] for n in ("query", "key", "weights"))
+    n_query, n_key, n_heads = q.shape[1], k.shape[1], q.shape[2]
+    rows = max(1, min(n_query, (4 << 30) // (2 * n_heads * n_key)))
+    position = torch.arange(n_key, device="cuda")
+    keys = k[0, :, 0]
+
+    def run():
+        for first in range(0, n_query, rows):
+            last = min(first + rows, n_query)
+            dots = torch.einsum("qhd,kd->qhk", q[0, first:last], keys).relu_()
+            scores = torch.einsum("qhk,qh->qk", dots, w[0, first:last])
+            seen = n_key - n_query + torch.arange(first, last, device="cuda")
+            scores.masked_fill_(position[None] > seen[:, None], float("-inf"))
+            scores.topk(min(TOP_K, n_key), dim=-1)
+
+    return run
+
+
+def busy(library, problem, kernel):
+    """Ideal tensor-core cycles of the visible pairs over the cycles that blocks took."""
+    if not hasattr(library.dll, "bench_count_cycles"):
+        return None
+    counter = torch.zeros(1, dtype=torch.int64, device="cuda")
+    run, _ = library.runner(problem, kernel)
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    library.dll.bench_count_cycles(ctypes.c_void_p(counter.data_ptr()))
+    for _ in range(5):
+        run()
+    torch.cuda.synchronize()
+    library.dll.bench_count_cycles(None)
+    cycles = counter.item() / 5
+    return problem.pairs * problem.n_heads * problem.head_dim / 2048 / cycles if cycles else None
+
+
+class Report:
+    def __init__(self, library, rates, flush, only, quick):
+        self.library, self.rates, self.flush = library, rates, flush
+        self.only, self.quick = only, quick
+        self.rows = []
+
+    def wants(self, name):
+        return not self.only or self.only in name
+
+    def add(self, problem, must=None, aim=None, kernel=None, label="", absolute=False, repeats=15):
+        """`must` and `aim` are multiples of the floor, or seconds when `absolute`."""
+        name = problem.name + label
+        if not self.wants(name):
+            return None
+        run, workspace = self.library.runner(problem, kernel)
+        seconds = median_seconds(run, 5 if self.quick else repeats, self.flush)
+        floor = problem.floor(self.rates)
+        value = seconds if absolute else seconds / floor
+        row = {"case": name, "us": seconds * 1e6, "floor_us": floor * 1e6,
+               "times_floor": seconds / floor, "must": must, "aim": aim, "absolute": absolute,
+               "met": None if must is None else value <= must,
+               "aim_met": None if aim is None else value <= aim,
+               "workspace_mib": workspace / 2**20}
+        row.update({f"{k}_us": v * 1e6 for k, v in split_seconds(run, self.flush).items()})
+        self.rows.append(row)
+        self.show(row)
+        return row
+
+    def show(self, row):
+        unit = 1e6 if row["absolute"] else 1
+        suffix = " us" if row["absolute"] else " x"
+        bounds = ", ".join(f"{k} {row[k] * unit:g}{suffix}" for k in ("must", "aim") if row[k])
+        verdict = {None: "", True: "ok", False: "MISSED"}[row["met"]]
+        if row["met"] and row["aim_met"]:
+            verdict = "ok, aim too"
+        parts = " + ".join(f"{row[k]:.1f}" for k in ("scores_us", "selection_us") if k in row)
+        print(f"{row['case']:38s} {row['us']:10.1f} us  floor {row['floor_us']:9.1f}  "
+              f"{row['times_floor']:6.3f} x  [{parts}]  {bounds} {verdict}", flush=True)
+
+    def ratio(self, name, value, must, aim=None, more_is_better=False):
+        good = value >= must if more_is_better else value <= must
+        aim_met = None if aim is None else (value >= aim if more_is_better else value <= aim)
+        self.rows.append({"case": name, "value": value, "must": must, "aim": aim, "met": good,
+                          "aim_met": aim_met})
+        print(f"{name:38s} {value:10.3f}  must {must:g}" + (f", aim {aim:g}" if aim else "") +
+              f" {'ok' if good else 'MISSED'}", flush=True)
+
+
+PREFILL = [(8192, 65536, 1.12, 1.06, 7), (2048, 65536, 1.15, 1.08, 11), (8192, 8192, 1.35, 1.15, 15),
+           (2048, 8192, 1.40, 1.25, 15)]
+DECODE = [(64, 65536, 1, 1.15, 1.08, False), (64, 65536, 2, 1.15, 1.08, False),
+          (128, 65536, 1, 1.15, 1.08, False), (128, 65536, 2, 1.15, 1.08, False),
+          (8, 65536, 1, 1.4, 1.2, False), (1, 131072, 1, 28e-6, 20e-6, True),
+          (1, 8192, 1, 15e-6, 9e-6, True), (64, 8192, 1, None, None, False),
+          (256, 16384, 1, None, None, False)]
+
+
+def run_prefill(report):
+    for n_query, n_key, must, aim, repeats in PREFILL:
+        problem = Prefill(n_query, n_key)
+        row = report.add(problem, must, aim, repeats=repeats)
+        if row is None:
+            continue
+        other = report.add(problem, kernel="smxx", label=", smxx", repeats=min(repeats, 5))
+        report.ratio(f"{problem.name}: smxx / best", other["us"] / row["us"], 2.2)
+        share = busy(report.library, problem, None)
+        if share:
+            must_busy = 0.97 if n_key == 65536 else 0.9
+            report.ratio(f"{problem.name}: tensor cores busy", share, must_busy,
+                         more_is_better=True)
+        torch_us = median_seconds(eager(problem), 3, report.flush) * 1e6
+        report.ratio(f"{problem.name}: torch eager / ours", torch_us / row["us"], 8, 10, True)
+        torch.cuda.empty_cache()
+
+
+def run_variants(report):
+    base = next((r for r in report.rows if r["case"] == "prefill 2048 x 65536"), None)
+    half = report.add(Prefill(2048, 65536, dtype=torch.float16), 1.15, 1.08, label=", fp16",
+                      repeats=11)
+    if base and half:
+        report.ratio("prefill 2048 x 65536: fp16 / bf16", half["us"] / base["us"], 1.03)
+    report.add(Prefill(2048, 65536, n_heads=32), 1.2, label=", 32 heads", repeats=11)
+    report.add(Prefill(8192, 8192, n_heads=32), label=", 32 heads")
+    report.add(Prefill(2048, 65536, n_heads=16), label=", 16 heads", repeats=11)
+    report.add(Prefill(2048, 65536, head_dim=64), label=", D 64", repeats=11)
+
+
+def run_decode(report):
+    for n_batch, n_key, next_n, must, aim, absolute in DECODE:
+        problem = Decode(n_batch, n_key, next_n)
+        report.add(problem, must, aim, absolute=absolute, repeats=21)
+        report.add(problem, kernel="smxx", label=", smxx", repeats=11)
+        del problem
+        torch.cuda.empty_cache()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--library", required=True)
+    parser.add_argument("--json")
+    parser.add_argument("--only", help="cases whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="5 repeats each")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    rates = measure_rates(flush)
+    print(f"{torch.cuda.get_device_name()}: bf16 matrix product {rates['R'] * 1e-12:.0f} TFLOP/s, "
+          f"device copy {rates['C'] * 1e-12:.2f} TB/s", flush=True)
+    report = Report(Library(options.library), rates, flush, options.only, options.quick)
+    run_prefill(report)
+    run_variants(report)
+    run_decode(report)
+    after = measure_rates(flush)
+    print(f"at the end: {after['R'] * 1e-12:.0f} TFLOP/s, {after['C'] * 1e-12:.2f} TB/s")
+    judged = [r for r in report.rows if r["met"] is not None]
+    missed = [r["case"] for r in judged if not r["met"]]
+    print(f"{len(judged) - len(missed)} of {len(judged)} bounds met" +
+          (f"; missed: {'; '.join(missed)}" if missed else ""))
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump({"device": torch.cuda.get_device_name(), "rates": rates,
+                       "rates_at_end": after, "rows": report.rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
