@@ -433,7 +433,7 @@ static int check_page_ids(const struct checker *c) {
         return LIDX_OK;
     for (int64_t b = 0; b < p->n_batch; b++) {
         struct extent e = lidx_extent(p, b);
-        if (e.n_query == 0)
+        if (e.n_query == 0 || e.n_key == 0)
             continue;
         const int32_t *row =
             (const int32_t *)((const unsigned char *)p->page_table + b * p->page_table_stride);
