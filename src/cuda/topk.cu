@@ -26,7 +26,8 @@ enum { WIDE_BIN = 512 }; /* a last bin of more candidates is measured between it
 static const uint32_t KEY_MASKED = 0xFFFFFFFFu; /* never selected; alone in the last bin */
 static const uint32_t KEY_NAN = 0xFFC00000u;    /* alone in the bin before; -inf is 0xFF800000 */
 static const uint32_t ALL_LANES = 0xFFFFFFFFu;
-static const uint32_t NO_SLOT = 0xFFFFFFFFu;
+static const uint32_t ALL_BITS = 0xFFFFFFFFu;
+static const uint32_t EACH_BYTE = 0x01010101u;
 static const uint32_t KEEP_ALL = 0xFFFFFFFFu;
 
 /* What a kernel gets, beyond the slab: how many blocks share a row. */
@@ -60,7 +61,7 @@ template <class Z> struct shared {
     uint64_t list[Z::LIST];
     uint32_t counter[Z::WORDS];
     union {
-        uint32_t hist[BINS];       /* counts, then the number in the bins before each */
+        uint32_t hist[BINS + 4];   /* counts, then the number in the bins before each */
         uint16_t base[Z::WORDS];   /* members of the buckets of earlier words */
     };
     uint32_t warp_sum[2][LANES];
@@ -215,7 +216,8 @@ template <int N> static __device__ __forceinline__ void load_words(uint32_t *c, 
     }
 }
 
-template <int N> static __device__ __forceinline__ void store_words(uint32_t *a, const uint32_t *c) {
+template <int N>
+static __device__ __forceinline__ void store_words(uint32_t *a, const uint32_t *c) {
     if (N % 4 == 0) {
 #pragma unroll
         for (int i = 0; i < N / 4; i++)
@@ -310,44 +312,60 @@ static __device__ __forceinline__ uint64_t pair(uint32_t key, uint32_t position)
 
 /* ---- ordering -------------------------------------------------------------------------------- */
 
+/* How candidates are mapped to buckets in the last bin, which the threshold may have cut anywhere
+ * and which may hold most of them: between its own ends. */
+struct last_bin {
+    uint32_t bin, low, limit;
+    float scale;
+};
+
 /* The bucket of a candidate: SPREAD times its expected rank, from the candidates in earlier bins
  * and its place within its own bin. Never decreases with the key: every step is monotone. */
 template <class Z>
-static __device__ __forceinline__ uint32_t bucket_of(const struct shared<Z> *s, uint32_t key) {
+static __device__ __forceinline__ uint32_t bucket_of(const struct shared<Z> *s, uint32_t key,
+                                                     const struct last_bin *last) {
     uint32_t bin = key >> 21, before = s->hist[bin], count = s->hist[bin + 1] - before;
-    return Z::SPREAD * before + __umulhi(key << 11, Z::SPREAD * count);
+    uint32_t place = __umulhi(key << 11, Z::SPREAD * count);
+    if (last && bin == last->bin)
+        place = min((uint32_t)((float)(key - last->low) * last->scale), last->limit);
+    return Z::SPREAD * before + place;
 }
 
-/* The same in the last bin, which the threshold may have cut anywhere and which may hold most of
- * the candidates: measured between its own ends. */
-template <class Z>
-static __device__ __forceinline__ uint32_t last_bucket_of(const struct shared<Z> *s, uint32_t key,
-                                                          uint32_t n_list, float scale) {
-    uint32_t before = s->hist[key >> 21], limit = Z::SPREAD * (n_list - before) - 1;
-    uint32_t place = (uint32_t)((float)(key - s->last_low) * scale);
-    return Z::SPREAD * before + min(place, limit);
+/* Byte b % 4 of a word, as a shift; the hardware drops the bits above. */
+static __device__ __forceinline__ uint32_t byte_up(uint32_t x, uint32_t b) {
+    return __funnelshift_l(0, x, 8 * b);
 }
 
-/* Counts a candidate in its bucket; the slot is the bucket and the number of earlier arrivals. */
+static __device__ __forceinline__ uint32_t byte_down(uint32_t x, uint32_t b) {
+    return __funnelshift_r(x, 0, 8 * b);
+}
+
+/* low, below 65536, with the lowest byte of high above it. */
+static __device__ __forceinline__ uint32_t stack(uint32_t low, uint32_t high) {
+    return __byte_perm(low, high, 0x2410);
+}
+
+/* Counts a candidate in its bucket. Its slot is the bucket, and above it the earlier arrivals. */
 template <class Z>
 static __device__ __forceinline__ uint32_t enter_bucket(struct shared<Z> *s, uint32_t bucket) {
-    uint32_t shift = bucket % 4 * 8;
-    uint32_t arrival = atomicAdd(&s->counter[bucket / 4], 1u << shift) >> shift & 255;
-    if (arrival >= Z::CROWD)
-        s->crowded = 1;
-    return bucket | arrival << 16;
+    uint32_t old = atomicAdd(&s->counter[bucket / 4], byte_up(1, bucket));
+    return stack(bucket, byte_down(old, bucket));
 }
 
 static __device__ __forceinline__ uint32_t sum_bytes(uint32_t word) {
-    return __dp4a(word, 0x01010101u, 0u);
+    return __dp4a(word, EACH_BYTE, 0u);
 }
 
 static __device__ __forceinline__ void sort_few(uint64_t *a, uint32_t count) {
-    for (uint32_t j = 1; j < count; j++) {
-        uint64_t x = a[j];
+    uint64_t x = a[0], y = a[1];
+    if (x > y) {
+        a[0] = y;
+        a[1] = x;
+    }
+    for (uint32_t j = 2; j < count; j++) {
         uint32_t to = j;
-        for (; to && a[to - 1] > x; to--)
-            a[to] = a[to - 1];
+        for (x = a[j]; to && (y = a[to - 1]) > x; to--)
+            a[to] = y;
         if (to < j)
             a[to] = x;
     }
@@ -381,21 +399,25 @@ static __device__ __forceinline__ void scatter(struct shared<Z> *s, uint32_t n_l
     /* A slot becomes the beginning and the size of the bucket that the thread has to sort. */
 #pragma unroll
     for (int i = 0; i < Z::ITEMS; i++) {
-        if (slot[i] == NO_SLOT) {
-            slot[i] = 0;
-            continue;
-        }
-        uint32_t bucket = slot[i] & 0xFFFF, arrival = slot[i] >> 16, shift = bucket % 4 * 8;
-        uint32_t word = s->counter[bucket / 4], count = word >> shift & 255;
-        uint32_t begin = s->base[bucket / 4] + sum_bytes(word & ((1u << shift) - 1));
-        s->list[begin + arrival] = item[i];
-        slot[i] = arrival == 0 && count > 1 ? begin | count << 16 : 0;
+        if (i % 2 == 0 && i * Z::THREADS >= n_list)
+            break;
+        uint32_t bucket = slot[i] & 0xFFFF, word = s->counter[bucket / 4];
+        uint32_t earlier = word & ~byte_up(ALL_BITS, bucket), base = s->base[bucket / 4];
+        uint32_t begin = __dp4a(earlier, EACH_BYTE, base);
+        uint32_t job = stack(begin, byte_down(word, bucket));
+        bool mine = i * Z::THREADS + threadIdx.x < n_list;
+        if (mine)
+            s->list[begin + (slot[i] >> 16)] = item[i];
+        slot[i] = mine && slot[i] < 1u << 16 && job >= 2u << 16 ? job : 0;
     }
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < Z::ITEMS; i++)
+    for (int i = 0; i < Z::ITEMS; i++) {
+        if (i % 2 == 0 && i * Z::THREADS >= n_list)
+            break;
         if (slot[i])
             sort_few(s->list + (slot[i] & 0xFFFF), slot[i] >> 16);
+    }
     __syncthreads();
 }
 
@@ -495,38 +517,52 @@ template <class Z> static __device__ __noinline__ void order_crowded(void) {
     __syncthreads();
 }
 
+/* All candidates into registers and their buckets, in pairs so that one's latency covers the
+ * other's. What lies past the list is read, but not counted. */
+template <class Z>
+static __device__ __forceinline__ void enter_all(struct shared<Z> *s, uint32_t n_list,
+                                                 const struct last_bin *last, uint64_t *item,
+                                                 uint32_t *slot, uint32_t *worst) {
+#pragma unroll
+    for (int i = 0; i < Z::ITEMS; i += 2) {
+        if (i * Z::THREADS >= n_list)
+            break;
+        uint32_t bucket[2];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            item[i + j] = s->list[(i + j) * Z::THREADS + threadIdx.x];
+            bucket[j] = bucket_of(s, (uint32_t)(item[i + j] >> 32), last);
+            slot[i + j] = 0;
+        }
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            if ((i + j) * Z::THREADS + threadIdx.x < n_list) {
+                slot[i + j] = enter_bucket(s, bucket[j]);
+                *worst = max(*worst, slot[i + j]);
+            }
+        }
+    }
+}
+
 /* Sorts the list. Needs the table of sums over the candidates' bins, last_low and last_high, and
  * counters that are zero. */
 template <class Z>
 static __device__ __forceinline__ void order(struct shared<Z> *s, uint32_t n_list) {
     uint64_t item[Z::ITEMS];
-    uint32_t slot[Z::ITEMS];
+    uint32_t slot[Z::ITEMS], worst = 0;
     if (s->last_high) {
-        uint32_t last = s->last_high >> 21;
-        float scale = __fdividef((float)(Z::SPREAD * (n_list - s->hist[last])),
-                                 (float)(s->last_high - s->last_low + 1));
-#pragma unroll
-        for (int i = 0; i < Z::ITEMS; i++) {
-            uint32_t j = i * Z::THREADS + threadIdx.x;
-            slot[i] = NO_SLOT;
-            if (j < n_list) {
-                item[i] = s->list[j];
-                uint32_t key = item[i] >> 32;
-                slot[i] = enter_bucket(s, key >> 21 == last ? last_bucket_of(s, key, n_list, scale)
-                                                            : bucket_of(s, key));
-            }
-        }
+        struct last_bin last;
+        last.bin = s->last_high >> 21;
+        last.low = s->last_low;
+        uint32_t buckets = Z::SPREAD * (n_list - s->hist[last.bin]);
+        last.limit = buckets - 1;
+        last.scale = __fdividef((float)buckets, (float)(s->last_high - last.low + 1));
+        enter_all(s, n_list, &last, item, slot, &worst);
     } else {
-#pragma unroll
-        for (int i = 0; i < Z::ITEMS; i++) {
-            uint32_t j = i * Z::THREADS + threadIdx.x;
-            slot[i] = NO_SLOT;
-            if (j < n_list) {
-                item[i] = s->list[j];
-                slot[i] = enter_bucket(s, bucket_of(s, (uint32_t)(item[i] >> 32)));
-            }
-        }
+        enter_all(s, n_list, (const struct last_bin *)NULL, item, slot, &worst);
     }
+    if (worst >= (uint32_t)Z::CROWD << 16)
+        s->crowded = 1;
     __syncthreads();
     if (s->crowded)
         order_crowded<Z>();
@@ -817,11 +853,11 @@ template <class Z> static __device__ __noinline__ void feed_short(void) {
 #pragma unroll
     for (int i = 0; i < GROUPS * 4; i++)
         take += key[i] <= edge;
-    uint32_t at = reserve(s, take);
+    uint64_t *to = s->list + reserve(s, take);
 #pragma unroll
     for (int i = 0; i < GROUPS * 4; i++)
         if (key[i] <= edge)
-            s->list[at++] = pair(key[i], 4 * (i / 4 * Z::THREADS + threadIdx.x) + i % 4);
+            *to++ = pair(key[i], 4 * (i / 4 * Z::THREADS + threadIdx.x) + i % 4);
     __syncthreads();
 }
 
@@ -832,7 +868,8 @@ template <class Z>
 static __device__ __forceinline__ void load_sample(uint32_t *key, const float *score, uint32_t n,
                                                    uint32_t round, uint32_t doublings) {
     const int EACH = SAMPLE / Z::THREADS;
-    uint32_t which = (round * Z::THREADS + threadIdx.x) << ((Z::THREADS == 512 ? 23 : 22) - doublings);
+    const int log_threads = Z::THREADS == 512 ? 9 : 10;
+    uint32_t which = (round * Z::THREADS + threadIdx.x) << (32 - log_threads - doublings);
     const float *from = score + (uint64_t)__umulhi(which, n / EACH) * EACH;
 #pragma unroll
     for (int j = 0; j < EACH; j += 4) {
@@ -994,14 +1031,16 @@ row_kernel(const __grid_constant__ struct launch l) {
     finish_row(s, p);
 }
 
-/* This block's part of a row: what reaches the threshold goes to its region, raw. */
+/* This block's part of a row: what reaches the threshold goes to its region, raw. The first four
+ * scores of each thread have been read ahead. */
 template <class Z>
 static __device__ __forceinline__ void filter_part(struct shared<Z> *s, uint64_t *region,
                                                    const float *score, uint32_t begin,
-                                                   uint32_t end, float threshold) {
+                                                   uint32_t end, float4 x, float threshold) {
     for (uint32_t b = begin; b < end; b += 4 * Z::THREADS) {
         uint32_t i = b + 4 * threadIdx.x;
-        float4 x = load4(score, i, end);
+        if (b != begin)
+            x = load4(score, i, end);
         uint32_t mask = reach(x, threshold);
         uint32_t at = reserve(s, __popc(mask));
         if (at + 4 > SPLIT_ROOM)
@@ -1059,9 +1098,10 @@ split_kernel(const __grid_constant__ struct launch l) {
     uint64_t *region = l.region + (uint64_t)number * l.blocks * SPLIT_ROOM;
     uint32_t *found = l.found + number * l.blocks;
 
+    float4 ahead = load4(score, begin + 4 * threadIdx.x, end);
     uint32_t edge = sampled_edge(s, score, n, p->top_k);
     if (edge != KEY_MASKED)
-        filter_part(s, region + block * SPLIT_ROOM, score, begin, end, score_of(edge));
+        filter_part(s, region + block * SPLIT_ROOM, score, begin, end, ahead, score_of(edge));
     if (threadIdx.x == 0) {
         found[block] = s->n_list;
         __threadfence();
