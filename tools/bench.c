@@ -1,11 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE /* posix_memalign */
-#endif
-
 #include <cjson/cJSON.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "commands.h"
@@ -15,6 +10,7 @@
 #include "operation.h"
 #include "report.h"
 #include "speed.h"
+#include "workload.h"
 
 enum { CASES = 128 };
 
@@ -108,13 +104,13 @@ static const struct option options[] = {
 static const struct command command = {
     "bench",
     "",
-    "Times score and top-k over shapes, and in the same rounds the peak of the instruction\n"
-    "that the kernel multiplies with, on the same threads (Gflop/s before the first round\n"
-    "and after the last). \"of peak\" is the median over rounds of flop/s over that peak, \"at\n"
-    "best\" the fastest call against the highest peak: where the two are far apart, other\n"
-    "work had the cores. \"of n x 1\" divides by n times the peak of one core alone. \"memory\"\n"
-    "is what the process grew by from before the context was made to after its first run,\n"
-    "without inputs and outputs.",
+    "Times score and top-k over shapes, and between the rounds of calls the peak of the\n"
+    "instruction that the kernel multiplies with, on the same threads (Gflop/s before the\n"
+    "first round and after the last). \"of peak\" is the median call against the highest peak\n"
+    "of the rounds, \"at best\" the fastest call: where the two are far apart, other work had\n"
+    "the cores. \"of n x 1\" divides by n times the peak of one core alone. \"memory\" is what\n"
+    "the process grew by from before the context was made to after its first run, without\n"
+    "inputs and outputs.",
     0,
     0,
     {options, NULL},
@@ -123,7 +119,7 @@ static const struct command command = {
 /* One line of the result. */
 struct bench_case {
     int64_t n_query, n_key;
-    int layout, n_threads, asked_threads;
+    int layout, n_threads;
     char kernel[CELL];
     struct speed speed;
     double memory; /* bytes */
@@ -156,7 +152,6 @@ static int add_case(int64_t n_query, int64_t n_key, int key_layout) {
                     CASES);
             struct bench_case *c = &cases[n_cases++];
             *c = (struct bench_case){.n_query = n_query, .n_key = n_key, .layout = key_layout};
-            c->asked_threads = (int)n;
             c->n_threads = n ? (int)n : default_threads();
             memcpy(c->kernel, kernel, sizeof kernel);
         }
@@ -198,87 +193,6 @@ static int list_cases(void) {
     return EXIT_FINE;
 }
 
-/* ---- tensors --------------------------------------------------------------------------------- */
-
-/* Random tensors large enough for every case; each case views the first part of them. */
-struct pool {
-    uint16_t *query, *key;
-    float *weights, *values;
-    int32_t *table, *indices;
-    int64_t max_query, max_key;
-};
-
-static void *allocate(int64_t bytes) {
-    void *memory = NULL;
-    return posix_memalign(&memory, 4096, (size_t)bytes + 4096) == 0 ? memory : NULL;
-}
-
-/* Slices have streams of their own, so the numbers do not depend on the thread count. */
-static void fill(uint16_t *to, int64_t n, uint64_t stream) {
-    const int64_t slice = 1 << 16;
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static)
-#endif
-    for (int64_t s = 0; s < (n + slice - 1) / slice; s++) {
-        struct random random = {stream * 0x10001 + (uint64_t)s * 0x9E3779B97F4A7C15u * 3};
-        int64_t end = (s + 1) * slice < n ? (s + 1) * slice : n;
-        for (int64_t i = s * slice; i < end; i++) {
-            float x = random_normal(&random);
-            to[i] = dtype ? float_to_f16(x) : float_to_bf16(x);
-        }
-    }
-}
-
-static int64_t pages_of(int64_t n_key) {
-    return (n_key + block_size - 1) / block_size;
-}
-
-static int make_pool(struct pool *pool) {
-    memset(pool, 0, sizeof *pool);
-    for (int i = 0; i < n_cases; i++) {
-        pool->max_query = cases[i].n_query > pool->max_query ? cases[i].n_query : pool->max_query;
-        pool->max_key = cases[i].n_key > pool->max_key ? cases[i].n_key : pool->max_key;
-    }
-    int64_t n_query = pool->max_query * n_heads * head_dim;
-    int64_t n_key = pages_of(pool->max_key) * block_size * head_dim;
-    int64_t n_out = pool->max_query * sparse_count;
-    pool->query = allocate(n_query * 2);
-    pool->key = allocate(n_key * 2);
-    pool->weights = allocate(pool->max_query * n_heads * 4);
-    pool->table = allocate(pages_of(pool->max_key) * 4);
-    pool->indices = allocate(n_out * 4);
-    pool->values = allocate(n_out * 4);
-    if (!pool->query || !pool->key || !pool->weights || !pool->table || !pool->indices ||
-        !pool->values)
-        return refuse("no memory for tensors of %lld MiB",
-                      (long long)((n_query * 2 + n_key * 2 + n_out * 8) >> 20));
-    fill(pool->query, n_query, 2 * (uint64_t)seed);
-    fill(pool->key, n_key, 2 * (uint64_t)seed + 1);
-    struct random random = {(uint64_t)seed};
-    for (int64_t i = 0; i < pool->max_query * n_heads; i++)
-        pool->weights[i] = random_normal(&random);
-    memset(pool->indices, 0, (size_t)n_out * 4); /* resident before memory is measured */
-    memset(pool->values, 0, (size_t)n_out * 4);
-    return EXIT_FINE;
-}
-
-static void free_pool(struct pool *pool) {
-    free(pool->query);
-    free(pool->key);
-    free(pool->weights);
-    free(pool->table);
-    free(pool->indices);
-    free(pool->values);
-}
-
-static struct lidx_tensor view(void *data, int code, int bits, int ndim, int64_t *shape) {
-    return (struct lidx_tensor){.data = data,
-                                .device = {LIDX_CPU, 0},
-                                .ndim = ndim,
-                                .dtype = {(uint8_t)code, (uint8_t)bits, 1},
-                                .shape = shape};
-}
-
 /* ---- one case -------------------------------------------------------------------------------- */
 
 /* The visible pairs of n causal queries at the end of their context. */
@@ -289,6 +203,22 @@ static double count_pairs(const struct bench_case *c) {
         pairs += visible > 0 ? (double)visible : 0;
     }
     return pairs;
+}
+
+static int make_workload(struct workload *workload) {
+    *workload = (struct workload){.n_heads = n_heads,
+                                  .head_dim = head_dim,
+                                  .sparse_count = sparse_count,
+                                  .block_size = block_size,
+                                  .is_fp16 = dtype,
+                                  .seed = (uint64_t)seed};
+    for (int i = 0; i < n_cases; i++) {
+        if (cases[i].n_query > workload->max_query)
+            workload->max_query = cases[i].n_query;
+        if (cases[i].n_key > workload->max_key)
+            workload->max_key = cases[i].n_key;
+    }
+    return workload_create(workload);
 }
 
 static int time_case(struct bench_case *c, const struct lidx_args *args) {
@@ -314,41 +244,9 @@ static int time_case(struct bench_case *c, const struct lidx_args *args) {
     return status;
 }
 
-static int run_case(struct bench_case *c, const struct pool *pool) {
-    int packed = c->layout == LIDX_TND, paged = c->layout == LIDX_PA_BSND;
-    int code = dtype ? LIDX_FLOAT : LIDX_BFLOAT;
-    int64_t one = 1, pages = pages_of(c->n_key);
-    int32_t query_length = (int32_t)c->n_query, key_length = (int32_t)c->n_key;
-    int64_t query_shape[] = {1, c->n_query, n_heads, head_dim};
-    int64_t key_shape[] = {paged ? pages : 1, paged ? block_size : c->n_key, 1, head_dim};
-    int64_t weights_shape[] = {1, c->n_query, n_heads};
-    int64_t out_shape[] = {1, c->n_query, 1, sparse_count}, table_shape[] = {1, pages};
-    struct lidx_tensor query = view(pool->query, code, 16, 4 - packed, query_shape + packed);
-    struct lidx_tensor key = view(pool->key, code, 16, 4 - packed, key_shape + packed);
-    struct lidx_tensor weights =
-        view(pool->weights, LIDX_FLOAT, 32, 3 - packed, weights_shape + packed);
-    struct lidx_tensor indices = view(pool->indices, LIDX_INT, 32, 4 - packed, out_shape + packed);
-    struct lidx_tensor values = view(pool->values, LIDX_FLOAT, 32, 4 - packed, out_shape + packed);
-    struct lidx_tensor query_lengths = view(&query_length, LIDX_INT, 32, 1, &one);
-    struct lidx_tensor key_lengths = view(&key_length, LIDX_INT, 32, 1, &one);
-    struct lidx_tensor table = view(pool->table, LIDX_INT, 32, 2, table_shape);
-    struct lidx_args args = LIDX_ARGS_INIT;
-    args.query = &query;
-    args.key = &key;
-    args.weights = &weights;
-    args.layout_query = packed ? LIDX_TND : LIDX_BSND;
-    args.layout_key = c->layout;
-    args.sparse_count = (int32_t)sparse_count;
-    args.actual_seq_lengths_query = packed ? &query_lengths : NULL;
-    args.actual_seq_lengths_key = packed || paged ? &key_lengths : NULL;
-    args.block_table = paged ? &table : NULL;
-    args.sparse_indices = &indices;
-    args.sparse_values = &values;
-    struct random random = {(uint64_t)seed + 7};
-    for (int64_t p = 0; p < pages; p++)
-        pool->table[p] = (int32_t)p;
-    random_shuffle(&random, pool->table, pages);
-    return time_case(c, &args);
+static int run_case(struct bench_case *c, struct workload *workload) {
+    workload_view(workload, c->n_query, c->n_key, c->layout);
+    return time_case(c, &workload->args);
 }
 
 /* ---- results --------------------------------------------------------------------------------- */
@@ -362,7 +260,7 @@ static void case_name(char text[CELL], const struct bench_case *c) {
 
 static void print_table(void) {
     static const char *const heading[] = {"case",    "keys",    "kernel",   "threads",
-                                          "median",  "keys/s",  "Gflop/s",  "peak",
+                                          "median",  "keys/s",  "Gflop/s",  "peak: before, after",
                                           "of peak", "at best", "of n x 1", "memory/thread"};
     static struct table table = {.n_columns = 12};
     table_add(&table, heading);
@@ -437,7 +335,7 @@ static void print_json(void) {
 
 int command_bench(int argc, char **argv) {
     const char *files[MAX_POSITIONAL];
-    struct pool pool;
+    struct workload workload;
     char name[CELL];
     int status = options_parse(&command, argc, argv, files);
     if (status >= 0)
@@ -449,11 +347,11 @@ int command_bench(int argc, char **argv) {
     if ((status = list_cases()))
         return status;
     progress("filling tensors ...");
-    status = make_pool(&pool);
+    status = make_workload(&workload);
     for (int i = 0; i < n_cases && !status; i++) {
         case_name(name, &cases[i]);
         progress("case %d of %d: %s ...", i + 1, n_cases, name);
-        status = run_case(&cases[i], &pool);
+        status = run_case(&cases[i], &workload);
     }
     progress_end();
     if (!status) {
@@ -462,6 +360,6 @@ int command_bench(int argc, char **argv) {
         else
             print_table();
     }
-    free_pool(&pool);
+    workload_destroy(&workload);
     return status;
 }

@@ -35,39 +35,36 @@ static int time_calls(struct lidx_context *context, const struct lidx_args *args
     return EXIT_FINE;
 }
 
+static double larger(double a, double b) {
+    return a > b ? a : b;
+}
+
 int speed_measure(struct lidx_context *context, const struct lidx_args *args, const char *kernel,
                   int n_threads, double flop, const struct speed_effort *effort,
                   struct speed *speed) {
     int type = args->query->dtype.code, n = effort->rounds < ROUNDS ? effort->rounds : ROUNDS;
-    double seconds[ROUNDS], fraction[ROUNDS], fraction_one[ROUNDS], middle;
+    double seconds[ROUNDS], budget = effort->peak_seconds;
     memset(speed, 0, sizeof *speed);
-    if (time_calls(context, args, 0, speed, &middle)) /* pages, caches, threads */
+    if (time_calls(context, args, 0, speed, &seconds[0])) /* pages, caches, threads */
         return EXIT_TROUBLE;
     *speed = (struct speed){0};
-    double one = peak_flops_threads(kernel, type, effort->peak_seconds, 1);
-    double before = peak_flops_threads(kernel, type, effort->peak_seconds, n_threads);
-    speed->peak_before = before;
-    double highest = before;
+    double one = peak_flops_threads(kernel, type, budget, 1);
+    double peak = peak_flops_threads(kernel, type, budget, n_threads), highest = peak;
+    speed->peak_before = peak;
     for (int r = 0; r < n; r++) {
         if (time_calls(context, args, effort->round_seconds, speed, &seconds[r]))
             return EXIT_TROUBLE;
-        double one_after = peak_flops_threads(kernel, type, effort->peak_seconds, 1);
-        double after = n_threads == 1
-                           ? one_after
-                           : peak_flops_threads(kernel, type, effort->peak_seconds, n_threads);
-        double rate = flop / seconds[r], peak = 0.5 * (before + after);
-        double peak_one = 0.5 * (one + one_after) * n_threads;
-        fraction[r] = peak > 0 ? rate / peak : 0;
-        fraction_one[r] = peak_one > 0 ? rate / peak_one : 0;
-        highest = after > highest ? after : highest;
-        before = after;
-        one = one_after;
+        one = larger(one, peak_flops_threads(kernel, type, budget, 1));
+        peak = peak_flops_threads(kernel, type, budget, n_threads);
+        highest = larger(highest, peak);
     }
-    speed->peak_after = before;
+    speed->peak_after = peak;
     speed->seconds = median(seconds, n);
-    speed->fraction = median(fraction, n);
-    speed->best_fraction = highest > 0 ? flop / speed->best / highest : 0;
-    speed->fraction_one = median(fraction_one, n);
+    if (highest > 0) {
+        speed->fraction = flop / speed->seconds / highest;
+        speed->best_fraction = flop / speed->best / highest;
+        speed->fraction_one = flop / speed->seconds / (one * n_threads);
+    }
     return EXIT_FINE;
 }
 

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * How fast a call is, beside what the machine can do at the same moment. Shared machines change
- * their speed within seconds, so peak and calls alternate in short rounds; each round gives one
- * fraction, and the median of the rounds is reported.
+ * How fast a call is, beside what the machine can do in the same seconds. Peak and calls alternate
+ * in short rounds. The peak that counts is the highest of the rounds, since one that is measured
+ * while other work has the core would flatter the calls.
  */
 #ifndef LIDX_SPEED_H
 #define LIDX_SPEED_H
@@ -14,9 +14,9 @@ struct speed {
     double best;          /* the fastest call */
     double peak_before;   /* flop/s of all threads at once, before the first call ... */
     double peak_after;    /* ... and after the last; 0 where the kernel has no peak loop */
-    double fraction;      /* of that peak: the median over rounds */
-    double best_fraction; /* of that peak: the fastest call against the highest peak */
-    double fraction_one;  /* the median against n_threads times the peak of one core alone */
+    double fraction;      /* the median against the highest peak */
+    double best_fraction; /* the fastest call against it */
+    double fraction_one;  /* the median against n_threads times the highest peak of one core */
     int calls;
 };
 
