@@ -188,8 +188,7 @@ def lightning_indexer(
             setattr(args, name, ctypes.pointer(holder.tensor))
 
     context = _library.context()
-    if maker.stream:
-        _give_workspace(args, context, maker)
+    workspace = _give_workspace(args, context, maker) if maker.stream else None  # noqa: F841
     _library.check(_library.library.lidx_run(context, ctypes.byref(args)))
     outputs = [maker.wrap(array) for array in outputs]
     return tuple(outputs) if return_values else outputs[0]
@@ -202,7 +201,7 @@ def _give_workspace(args, context, maker):
     )
     # CuPy's pool hands memory on in stream order, so dropping this after the run is safe.
     memory = maker.empty((max(size.value, 1),), "uint8")
-    args.workspace = memory.data.ptr
+    args.workspace = maker.borrow(memory).tensor.data
     args.workspace_size = size.value
     args.stream = None if maker.stream == 1 else maker.stream
-    args.workspace_owner = memory
+    return memory

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The torch operator on a CUDA device: agreement, streams, capture, compile, no synchronisation,
+and arrays that come in through DLPack."""
+
+import os
+import random
+
+import pytest
+
+try:
+    import torch
+except ImportError:
+    if os.environ.get("CI") == "true":
+        raise
+    pytest.skip("torch is not installed", allow_module_level=True)
+
+if not torch.cuda.is_available():
+    pytest.skip("there is no CUDA device", allow_module_level=True)
+
+import lightning_indexer
+from torch._dynamo.testing import CompileCounterWithBackend
+
+if not any(k["backend"] == "cuda" and k["available"] for k in lightning_indexer.kernels()):
+    pytest.skip("the library has no kernel for this CUDA device", allow_module_level=True)
+
+from test_torch import NPU, PAGE, PAIRS, Case, _special, make_cases
+
+
+def random_case(seed, **more):
+    choose = random.Random(seed)
+    batch = choose.randint(1, 3)
+    longest_query, longest_key = choose.choice([1, 2, 5, 40]), choose.choice([1, 16, 65, 700, 5000])
+    dtype = choose.choice([torch.bfloat16, torch.float16])
+    fields = dict(
+        layouts=PAIRS[seed % 4],
+        query_lengths=[longest_query, *(choose.randint(0, longest_query) for _ in range(batch - 1))],
+        key_lengths=[*(choose.randint(0, longest_key) for _ in range(batch - 1)), longest_key],
+        heads=choose.choice([1, 3, 8, 16, 32, 64, 128]),
+        dim=choose.choice([64, 128]),
+        dtype=dtype,
+        weights_dtype=choose.choice([dtype, torch.float32]),
+        sparse_count=choose.choice([1, 7, 64, 300, 2048, 4096]),
+        sparse_mode=choose.choice([0, 3]),
+        block_size=choose.choice([16, 48, 64, 1024]),
+        seed=seed,
+        device="cuda",
+    )
+    return Case(**{**fields, **more})
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_agrees_with_the_reference(seed):
+    case = random_case(seed)
+    args, kwargs = case.npu_args(return_value=True)
+    indices, values = NPU(*args, **kwargs)
+    assert indices.is_cuda and values.is_cuda
+    case.check(indices, values)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_ties_zeros_infinities_and_nans_are_exact(seed):
+    case = random_case(seed, fill=_special(seed))
+    case.check_exactly(PAGE(*case.page_args()))
+
+
+@pytest.mark.parametrize("layouts, lists", list(make_cases()))
+def test_opcheck(layouts, lists):
+    lengths = {} if lists else {"query_lengths": (4, 4), "key_lengths": (40, 40)}
+    case = Case(layouts, lists=lists, device="cuda", **lengths)
+    assert set(torch.library.opcheck(PAGE.default, case.page_args()).values()) == {"SUCCESS"}
+    args, kwargs = case.npu_args(return_value=True)
+    assert set(torch.library.opcheck(NPU.default, args, kwargs).values()) == {"SUCCESS"}
+
+
+def test_repeats_bit_for_bit():
+    case = random_case(3, heads=64, sparse_count=2048)
+    args, kwargs = case.npu_args(return_value=True)
+    indices, values = NPU(*args, **kwargs)
+    for _ in range(5):
+        again = NPU(*args, **kwargs)
+        assert torch.equal(again[0], indices)
+        assert torch.equal(again[1].view(torch.int16), values.view(torch.int16))
+
+
+def test_errors_are_the_librarys():
+    case = Case(device="cuda")
+    query, key, weights = case.tensors
+    with pytest.raises(RuntimeError, match="key has dtype"):
+        PAGE(query, key.half(), weights)
+    with pytest.raises(RuntimeError, match="key is on device .* all tensors should be on one device"):
+        PAGE(query, key.cpu(), weights)
+    with pytest.raises(RuntimeError, match="sparse_count is 0"):
+        PAGE(query, key, weights, sparse_count=0)
+    PAGE(query, key, weights)
+
+
+def test_values_out_of_range_are_clamped():
+    case = Case(("BSND", "PA_BSND"), key_lengths=(40, 33), device="cuda")
+    expected = PAGE(*case.page_args())
+    case.lists[0] = torch.tensor([99, 99], dtype=torch.int32, device="cuda")
+    got = PAGE(*case.page_args())  # 4 query tokens, as the tensor has
+    case.lists[0] = torch.tensor([4, 4], dtype=torch.int32, device="cuda")
+    assert torch.equal(got, PAGE(*case.page_args()))
+    case.table = torch.full_like(case.table, 12345)
+    assert (PAGE(*case.page_args()) == -1).all()
+    assert (expected != -1).any()
+
+
+def test_neither_synchronises_nor_waits():
+    case = random_case(1, heads=64)
+    PAGE(*case.page_args())
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(200_000_000)  # about 0.1 s: a call that waits for it shows below
+        done = torch.cuda.Event()
+        PAGE(*case.page_args())
+        done.record()
+        assert not done.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+
+
+def test_uses_the_current_stream():
+    case = random_case(2, heads=16)
+    expected = PAGE(*case.page_args())
+    late = [torch.zeros_like(t) for t in case.tensors]
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        for target, source in zip(late, case.tensors):
+            target.copy_(source)
+        got = PAGE(*late, *case.page_args()[3:])
+    stream.synchronize()
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("layouts", PAIRS)
+def test_captures_and_replays_with_other_data(layouts):
+    def case(seed):
+        # The same shapes, other lengths and data.
+        lengths = [[9, 3], [200, 333]] if seed % 2 else [[9, 3], [333, 20]]
+        if layouts[0] == "TND":
+            lengths[0] = [9, 3] if seed % 2 else [3, 9]
+        if layouts[1] == "TND":
+            lengths[1] = [200, 333] if seed % 2 else [333, 200]
+        return Case(layouts, *lengths, heads=64, dim=128, sparse_count=64, seed=seed, device="cuda")
+
+    static = case(0)
+    args, kwargs = static.npu_args(return_value=True)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        NPU(*args, **kwargs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        indices, values = NPU(*args, **kwargs)
+    for seed in (1, 2, 3):
+        other = case(seed)
+        for target, source in zip(
+            (*static.tensors, *static.lists, static.table), (*other.tensors, *other.lists, other.table)
+        ):
+            if target is not None:
+                target.copy_(source)
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = PAGE(*other.page_args())
+        assert torch.equal(indices, expected)
+        other.check(indices, values)
+
+
+def test_compiles_once_for_many_shapes_and_into_a_graph():
+    def call(query, key, weights):
+        return PAGE(query * 2, key, weights, sparse_count=8) + 1
+
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(call, backend=counter, fullgraph=True, dynamic=True)
+    for n in (5, 6, 9):
+        tensors = Case(query_lengths=(n, n), key_lengths=(40 * n, 40 * n), device="cuda").tensors
+        assert torch.equal(compiled(*tensors), call(*tensors))
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+    graphed = torch.compile(call, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        assert torch.equal(graphed(*tensors).clone(), call(*tensors))
+
+
+def test_leaks_no_memory():
+    case = Case(("TND", "PA_BSND"), device="cuda")
+    args, kwargs = case.npu_args(return_value=True)
+
+    def calls(n):
+        for _ in range(n):
+            PAGE(*case.page_args())
+            NPU(*args, **kwargs)
+            with pytest.raises(RuntimeError):
+                PAGE(*case.page_args()[:8], 0, 3)
+
+    calls(20)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    calls(1000)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_cupy_arrays():
+    cupy = pytest.importorskip("cupy")
+    case = Case(("TND", "PA_BSND"), dtype=torch.float16, device="cuda")
+    arrays = [None if t is None else cupy.from_dlpack(t) for t in (*case.tensors, *case.lists, case.table)]
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        indices, values = lightning_indexer.lightning_indexer(
+            *arrays, **case.options, return_values=True
+        )
+        stream.synchronize()
+    assert isinstance(indices, cupy.ndarray) and values.dtype == cupy.float32
+    assert torch.equal(torch.from_dlpack(indices), PAGE(*case.page_args()))
+    assert torch.equal(
+        torch.from_dlpack(lightning_indexer.lightning_indexer(*arrays, **case.options)),
+        PAGE(*case.page_args()),
+    )
