@@ -34,6 +34,7 @@ struct slab {
     int32_t n_sm;          /* multiprocessors of the device */
     int32_t compute;       /* compute capability, 90 for 9.0 */
     int32_t first;         /* this is the run's first slab */
+    int32_t prepared;      /* lidx_prepare_topk has been called for the run */
 };
 
 LIDX_INLINE int64_t lidx_rows(const struct problem *p) {
@@ -59,7 +60,13 @@ int lidx_launch_score_sm90(const struct slab *s, void *stream);
  * and how many visible pages had an id out of range. Once a run; score kernels only clamp. */
 int lidx_launch_count(const struct slab *s, void *stream);
 
-/* Orders and writes every output row of the slab: indices, and values if asked for. */
+/* Clears the counters in the scratch of a run, given any of its slabs; the caller then sets
+ * `prepared` in all of them. Without it the first lidx_launch_topk does this, between the scores
+ * and the selection, where the second could otherwise be under way before the first has ended. */
+int lidx_prepare_topk(const struct slab *s, void *stream);
+
+/* Orders and writes every output row of the slab: indices, and values if asked for. On SM90 and
+ * later it may start before the kernel ahead of it in the stream has ended, and waits for it. */
 int lidx_launch_topk(const struct slab *s, void *stream);
 
 /* Bytes of scratch the selection needs for slabs of up to `rows` rows of up to `max_key` keys. */

@@ -280,7 +280,7 @@ static __device__ __forceinline__ float4 load4(const float *score, uint32_t i, u
                            __uint_as_float(SCORE_MASKED), __uint_as_float(SCORE_MASKED));
     if (i >= n)
         return x;
-    float4 y = __ldg((const float4 *)(score + i));
+    float4 y = *(const float4 *)(score + i);
     x.x = y.x;
     if (i + 1 < n)
         x.y = y.y;
@@ -298,7 +298,7 @@ static __device__ __forceinline__ void load16(float4 *x, const float *score, uin
     if (begin + 512 <= n) {
 #pragma unroll
         for (int g = 0; g < 4; g++)
-            x[g] = __ldg((const float4 *)(score + first + 128 * g));
+            x[g] = *(const float4 *)(score + first + 128 * g);
     } else {
 #pragma unroll
         for (int g = 0; g < 4; g++)
@@ -313,21 +313,23 @@ static __device__ __forceinline__ uint64_t pair(uint32_t key, uint32_t position)
 /* ---- ordering -------------------------------------------------------------------------------- */
 
 /* How candidates are mapped to buckets in the last bin, which the threshold may have cut anywhere
- * and which may hold most of them: between its own ends. */
+ * and which may hold most of them: between its own ends, and position parting equal scores. */
 struct last_bin {
     uint32_t bin, low, limit;
-    float scale;
+    float scale, step; /* step: what a position adds to a key, below 1 in all */
 };
 
 /* The bucket of a candidate: SPREAD times its expected rank, from the candidates in earlier bins
  * and its place within its own bin. Never decreases with the key: every step is monotone. */
 template <class Z>
-static __device__ __forceinline__ uint32_t bucket_of(const struct shared<Z> *s, uint32_t key,
+static __device__ __forceinline__ uint32_t bucket_of(const struct shared<Z> *s, uint64_t item,
                                                      const struct last_bin *last) {
-    uint32_t bin = key >> 21, before = s->hist[bin], count = s->hist[bin + 1] - before;
+    uint32_t key = item >> 32, bin = key >> 21, before = s->hist[bin], count = s->hist[bin + 1] - before;
     uint32_t place = __umulhi(key << 11, Z::SPREAD * count);
-    if (last && bin == last->bin)
-        place = min((uint32_t)((float)(key - last->low) * last->scale), last->limit);
+    if (last && bin == last->bin) {
+        float x = __fmaf_rn((float)(uint32_t)item, last->step, (float)(key - last->low));
+        place = min((uint32_t)(x * last->scale), last->limit);
+    }
     return Z::SPREAD * before + place;
 }
 
@@ -531,7 +533,7 @@ static __device__ __forceinline__ void enter_all(struct shared<Z> *s, uint32_t n
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             item[i + j] = s->list[(i + j) * Z::THREADS + threadIdx.x];
-            bucket[j] = bucket_of(s, (uint32_t)(item[i + j] >> 32), last);
+            bucket[j] = bucket_of(s, item[i + j], last);
             slot[i + j] = 0;
         }
 #pragma unroll
@@ -556,6 +558,7 @@ static __device__ __forceinline__ void order(struct shared<Z> *s, uint32_t n_lis
         last.low = s->last_low;
         uint32_t buckets = Z::SPREAD * (n_list - s->hist[last.bin]);
         last.limit = buckets - 1;
+        last.step = __fdividef(0.999f, (float)s->row.n);
         last.scale = __fdividef((float)buckets, (float)(s->last_high - last.low + 1));
         enter_all(s, n_list, &last, item, slot, &worst);
     } else {
@@ -801,7 +804,7 @@ template <class Z> static __device__ __noinline__ void feed_short(void) {
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
         uint32_t i = 4 * (g * Z::THREADS + threadIdx.x);
-        x[g] = 4 * (g + 1) * Z::THREADS <= n ? __ldg((const float4 *)(score + i))
+        x[g] = 4 * (g + 1) * Z::THREADS <= n ? *(const float4 *)(score + i)
                                              : load4(score, i, n);
     }
 #pragma unroll
@@ -873,7 +876,7 @@ static __device__ __forceinline__ void load_sample(uint32_t *key, const float *s
     const float *from = score + (uint64_t)__umulhi(which, n / EACH) * EACH;
 #pragma unroll
     for (int j = 0; j < EACH; j += 4) {
-        float4 x = __ldg((const float4 *)(from + j));
+        float4 x = *(const float4 *)(from + j);
         key[j] = key_of(x.x);
         key[j + 1] = key_of(x.y);
         key[j + 2] = key_of(x.z);
@@ -892,8 +895,8 @@ static __device__ __forceinline__ uint32_t sampled_edge(struct shared<Z> *s, con
     while (doublings < 14 && n >> doublings > SAMPLE_REACH)
         doublings++;
     uint32_t rounds = 1u << doublings;
+    uint32_t key[EACH];
     for (uint32_t r = 0; r < rounds; r++) {
-        uint32_t key[EACH];
         load_sample<Z>(key, score, n, r, doublings);
 #pragma unroll
         for (int j = 0; j < EACH; j++)
@@ -909,9 +912,9 @@ static __device__ __forceinline__ uint32_t sampled_edge(struct shared<Z> *s, con
     __syncthreads();
     zero<Z, BINS>(s->hist);
     __syncthreads();
-    for (uint32_t r = 0; r < rounds; r++) { /* from L1; kept in registers they would spill */
-        uint32_t key[EACH];
-        load_sample<Z>(key, score, n, r, doublings);
+    for (uint32_t r = rounds; r-- > 0;) {
+        if (r + 1 < rounds) /* the last round is still there */
+            load_sample<Z>(key, score, n, r, doublings);
 #pragma unroll
         for (int j = 0; j < EACH; j++)
             if (key[j] >> 21 == bin)
@@ -991,12 +994,17 @@ template <class Z> static __device__ __noinline__ void feed_long(void) {
 
 /* ---- kernels --------------------------------------------------------------------------------- */
 
-/* Finds the row and zeroes what its work expects to be zero. */
+static __device__ __forceinline__ void wait_for_scores(void) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/* Zeroes what a row's work expects to be zero and finds the row. Nothing in global memory is touched
+ * before the wait: the kernel may have been started before those ahead of it have ended. */
 template <class Z>
 static __device__ __forceinline__ void begin_row(struct shared<Z> *s, const struct slab *slab,
                                                  int64_t number) {
-    if (threadIdx.x == 0)
-        s->row = find_row(slab, number);
     zero<Z, BINS>(s->hist);
     zero<Z, Z::WORDS>(s->counter);
     if (threadIdx.x == 0) {
@@ -1005,7 +1013,10 @@ static __device__ __forceinline__ void begin_row(struct shared<Z> *s, const stru
         s->crowded = 0;
         s->last_low = 0xFFFFFFFFu;
         s->last_high = 0;
+        wait_for_scores();
+        s->row = find_row(slab, number);
     }
+    wait_for_scores();
     __syncthreads();
 }
 
@@ -1152,7 +1163,7 @@ static uint32_t blocks_per_row(int64_t rows, int64_t max_key, int32_t top_k, int
     return (uint32_t)(blocks < useful ? blocks : useful);
 }
 
-/* Counters first, so that one fill at a run's first slab clears them for every later one. */
+/* Counters first. A split launch leaves them as it found them, clear. */
 static size_t counter_bytes(int32_t n_sm) {
     return ((size_t)n_sm * sizeof(uint32_t) + 255) / 256 * 256;
 }
@@ -1170,13 +1181,28 @@ template <class Z>
 static cudaError_t start(void (*kernel)(struct launch), struct launch *l, int64_t blocks,
                          cudaStream_t stream) {
     int bytes = (int)sizeof(struct shared<Z>);
-    void *arguments[] = {l};
     cudaError_t e = cudaFuncSetAttribute((const void *)kernel,
                                          cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (e != cudaSuccess)
         return e;
-    return cudaLaunchKernel((const void *)kernel, dim3((unsigned)blocks), dim3(Z::THREADS),
-                            arguments, (size_t)bytes, stream);
+    void *arguments[] = {l};
+    cudaLaunchAttribute early;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)blocks);
+    config.blockDim = dim3(Z::THREADS);
+    config.dynamicSmemBytes = (size_t)bytes;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = l->slab.compute >= 90;
+    return cudaLaunchKernelExC(&config, (const void *)kernel, arguments);
+}
+
+int lidx_prepare_topk(const struct slab *s, void *stream) {
+    if (!s->scratch)
+        return cudaSuccess;
+    return cudaMemsetAsync(s->scratch, 0, counter_bytes(s->n_sm), (cudaStream_t)stream);
 }
 
 int lidx_launch_topk(const struct slab *s, void *stream) {
@@ -1189,17 +1215,16 @@ int lidx_launch_topk(const struct slab *s, void *stream) {
     l.arrived = (uint32_t *)s->scratch;
     l.found = (uint32_t *)((char *)s->scratch + counter_bytes(s->n_sm));
     l.region = (uint64_t *)((char *)s->scratch + 2 * counter_bytes(s->n_sm));
-    if (s->first && lidx_topk_scratch(rows, max_key, s->p.top_k, s->n_sm)) {
-        cudaError_t e = cudaMemsetAsync(s->scratch, 0, counter_bytes(s->n_sm), on);
-        if (e != cudaSuccess)
-            return e;
-    }
     if (rows <= 0)
         return cudaSuccess;
     if (s->p.top_k > SMALL_K)
         return start<large_sizes>(row_kernel<large_sizes, 1>, &l, rows, on);
-    if (l.blocks > 1)
+    if (l.blocks > 1) {
+        cudaError_t e = s->prepared ? cudaSuccess : (cudaError_t)lidx_prepare_topk(s, stream);
+        if (e != cudaSuccess)
+            return e;
         return start<alone_sizes>(split_kernel<alone_sizes>, &l, rows * l.blocks, on);
+    }
     if (rows <= s->n_sm)
         return start<alone_sizes>(row_kernel<alone_sizes, 1>, &l, rows, on);
     return start<crowd_sizes>(row_kernel<crowd_sizes, 3>, &l, rows, on);
