@@ -872,6 +872,10 @@ def test_demo_picture():
     assert plain.isascii() and plain.count(" asks ") == 16 and "recall" in plain
     lines = [line for line in plain.splitlines() if " asks " in line]
     assert len({len(line) for line in lines}) == 1
+    marks = next(line for line in plain.splitlines() if line.split() == ["A", "B", "C", "D"])
+    for line in lines:  # a tall bar under the mark of what a token asks for
+        at = marks.index(line.split()[2])
+        assert set(line[at - 1:at + 2]) & set("-=+*#@"), (marks, line)
     if "C.utf8" in subprocess.run(["locale", "-a"], capture_output=True, text=True).stdout:
         drawn = lidx("demo", env={"LC_ALL": "C.UTF-8"}).stdout
         assert "\u2581" in drawn

@@ -280,12 +280,14 @@ static void print_table(void) {
         format_seconds(cells[4], c->speed.seconds);
         format_count(cells[5], c->pairs / c->speed.seconds);
         snprintf(cells[6], CELL, "%.1f", 1e-9 * c->flop / c->speed.seconds);
-        snprintf(cells[7], CELL, "%.1f, %.1f", 1e-9 * c->speed.peak_before,
-                 1e-9 * c->speed.peak_after);
+        snprintf(cells[7], CELL, "-");
+        if (c->speed.peak_before > 0)
+            snprintf(cells[7], CELL, "%.1f, %.1f", 1e-9 * c->speed.peak_before,
+                     1e-9 * c->speed.peak_after);
         format_ratio(cells[8], c->speed.fraction);
         format_ratio(cells[9], c->speed.best_fraction);
         format_ratio(cells[10], c->speed.fraction_one);
-        snprintf(cells[11], CELL, "%s", "-");
+        snprintf(cells[11], CELL, "-");
         if (c->memory >= 0)
             snprintf(cells[11], CELL, "%.2f MiB", c->memory / (1 << 20) / c->n_threads);
         table_add(&table, row);

@@ -21,7 +21,7 @@
 #include "scene.h"
 #include "speed.h"
 
-enum { ROWS_DRAWN = 16, ROWS_CHECKED = 2, MARGIN = 22 };
+enum { ROWS_DRAWN = 16, ROWS_CHECKED = 2, LABEL = 15, ROUNDS = 7 };
 
 static int64_t seed = 1;
 static int is_full, as_json, ascii;
@@ -162,7 +162,12 @@ static int explore(struct outcome *o, struct operation *operation, const char *r
         return status;
     measure_recall(o);
     progress("timing ...");
-    const struct speed_effort effort = {7, 0.06, 0.02};
+    /* Seven rounds, or as many as about a second has room for. */
+    int rounds = (int)(1.0 / (operation->seconds + 0.01));
+    const struct speed_effort effort = {rounds < 1        ? 1
+                                        : rounds > ROUNDS ? ROUNDS
+                                                          : rounds,
+                                        0.06, 0.02};
     o->pairs = reference_pairs(operation);
     status =
         speed_measure(operation->context, &operation->args, operation->kernel, operation->n_threads,
@@ -178,8 +183,8 @@ static void print_table(const struct outcome *o, const struct operation *operati
     format_count(rate, o->pairs / o->speed.seconds);
     printf("%lld query tokens x %lld keys, 64 heads x 128, bf16, top %lld, causal, pages of %d\n\n",
            (long long)o->scene.n_query, (long long)o->scene.n_key, (long long)o->k, SCENE_BLOCK);
-    printf("  time                %s (median of %d calls, kernel %s, %d thread%s)\n", seconds,
-           o->speed.calls, operation->kernel, operation->n_threads,
+    printf("  time                %s (median of %d call%s, kernel %s, %d thread%s)\n", seconds,
+           o->speed.calls, o->speed.calls == 1 ? "" : "s", operation->kernel, operation->n_threads,
            operation->n_threads == 1 ? "" : "s");
     printf("  speed               %s keys/s, %.1f Gflop/s\n", rate,
            1e-9 * o->pairs * SCENE_HEADS * SCENE_DIM * 2 / o->speed.seconds);
@@ -198,13 +203,13 @@ static void print_table(const struct outcome *o, const struct operation *operati
 static void print_picture(const struct outcome *o) {
     struct picture picture;
     char marks[PICTURE_WIDTH + 1] = "";
-    picture_init(&picture, o->scene.n_key, MARGIN, ascii);
+    picture_init(&picture, o->scene.n_key, LABEL + 1, ascii);
     for (int p = 0; p < o->scene.n_planted; p++)
         picture_mark(&picture, marks, o->scene.planted[p] + PLANTED_LENGTH / 2, (char)('A' + p));
     printf(
         "\nWhich positions each token chose: height is the share of a stretch of the context, a\n"
         "blank less than 1 in 16; the letters mark the planted passages\n\n");
-    printf("%*s%s\n", MARGIN - 8, "", marks);
+    printf("%*s%s\n", LABEL, "", marks);
     int64_t rows = o->scene.n_query < ROWS_DRAWN ? o->scene.n_query : ROWS_DRAWN;
     for (int64_t r = 0; r < rows; r++) {
         int64_t i = r * o->scene.n_query / rows;
@@ -213,7 +218,7 @@ static void print_picture(const struct outcome *o) {
         picture_print(&picture, o->indices + i * o->k, o->k);
         printf("|\n");
     }
-    printf("%*s0%*lld\n", MARGIN - 8, "", picture.width - 1, (long long)o->scene.n_key);
+    printf("%*s0%*lld\n", LABEL, "", picture.width - 1, (long long)o->scene.n_key);
 }
 
 static void print_json(const struct outcome *o, const struct operation *operation) {

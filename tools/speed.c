@@ -44,9 +44,6 @@ int speed_measure(struct lidx_context *context, const struct lidx_args *args, co
                   struct speed *speed) {
     int type = args->query->dtype.code, n = effort->rounds < ROUNDS ? effort->rounds : ROUNDS;
     double seconds[ROUNDS], budget = effort->peak_seconds;
-    memset(speed, 0, sizeof *speed);
-    if (time_calls(context, args, 0, speed, &seconds[0])) /* pages, caches, threads */
-        return EXIT_TROUBLE;
     *speed = (struct speed){0};
     double one = peak_flops_threads(kernel, type, budget, 1);
     double peak = peak_flops_threads(kernel, type, budget, n_threads), highest = peak;

@@ -26,8 +26,8 @@ struct speed_effort {
     double peak_seconds;  /* of each peak measurement */
 };
 
-/* Times lidx_run(context, args), which does `flop` operations with the named kernel. Returns
- * EXIT_FINE or, after a sentence, EXIT_TROUBLE. */
+/* Times lidx_run(context, args), of which the caller has made one call before and which does `flop`
+ * operations with the named kernel. Returns EXIT_FINE or, after a sentence, EXIT_TROUBLE. */
 int speed_measure(struct lidx_context *context, const struct lidx_args *args, const char *kernel,
                   int n_threads, double flop, const struct speed_effort *effort,
                   struct speed *speed);
