@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Capture what a DeepSeek-V3.2 model hands to its indexer, as a file for `lidx run`.
+r"""Capture what a DeepSeek-V3.2 model hands to its indexer, as a file for `lidx run`.
 
     pip install torch transformers safetensors
-    python examples/capture_transformers.py TEXT.txt capture.safetensors --model-result model.safetensors
+    python examples/capture_transformers.py TEXT.txt capture.safetensors \
+        --model-result model.safetensors
     lidx run capture.safetensors -o result.safetensors
     lidx check capture.safetensors result.safetensors
     lidx check capture.safetensors model.safetensors

@@ -14,6 +14,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import time
 
 import pytest
@@ -898,7 +899,7 @@ def test_bench():
     report = json.loads(result.stdout)
     assert len(report["cases"]) == 6  # the decode case dense and paged, each with 1 and 2 threads
     for case in report["cases"]:
-        assert case["median_s"] >= case["best_s"] > 0 and case["memory_bytes"] < 16 << 20
+        assert case["median_s"] >= case["best_s"] > 0 and case["memory_bytes"] <= (4 << 20) * case["threads"]
         assert case["kernel"] in kernels()
     text = lidx("bench", "--shape", "1x100", "--layout", "TND", "--dtype", "fp16", "--heads", 8,
                 "--dim", 64, "--rounds", 1, "--round-ms", 0, "--kernel", "scalar", "--threads", 1)
@@ -926,3 +927,36 @@ def test_examples(tmp_path, name):
     else:
         assert "sequence 0: 200 keys, 200 chosen" in result.stdout
         assert "sequence 2: 1600 keys, 256 chosen" in result.stdout
+
+
+def test_check_survives_any_result(tmp_path):
+    """Indices from nowhere: found, row by row, and never used as an address."""
+    rng = random.Random(2)
+    t, meta, expected = problem("TND", "PA_BSND", query_lengths=(3, 2), key_lengths=(30, 8), k=12)
+    source, target = write(tmp_path / "in", t, meta), tmp_path / "out"
+    shape, n = [len(expected), 1, 12], len(expected) * 12
+    for low, high in [(-2, 31), (-1, 8), (-(1 << 31), (1 << 31) - 1)]:
+        for _ in range(5):
+            indices = pack("I32", [rng.randint(low, high) for _ in range(n)])
+            values = pack("F32", [rng.choice([math.nan, math.inf, -math.inf, 0.0, 1e38])
+                                  for _ in range(n)])
+            write(target, {"sparse_indices": ("I32", shape, indices),
+                           "sparse_values": ("F32", shape, values)}, meta)
+            result = lidx("check", source, target)
+            assert result.returncode == 1 and "differ" in result.stdout, result.stderr
+
+
+def test_capture_example(tmp_path):
+    """The model's own indexer and this operator choose the same keys of what was captured."""
+    pytest.importorskip("safetensors")
+    pytest.importorskip("transformers.models.deepseek_v32")
+    source, model, target = (tmp_path / name for name in ("capture", "model", "out"))
+    made = subprocess.run([sys.executable, str(ROOT / "examples" / "capture_transformers.py"),
+                           str(ROOT / "LICENSE"), str(source), "--model-result", str(model),
+                           "--keys", "512", "--queries", "8", "--top-k", "64"],
+                          capture_output=True, text=True, timeout=300)
+    assert made.returncode == 0, made.stderr
+    assert lidx("run", source, "-o", target).returncode == 0
+    assert lidx("check", source, target).returncode == 0
+    result = lidx("check", source, model)
+    assert result.returncode == 0, result.stdout

@@ -110,7 +110,7 @@ static const struct command command = {
     "of the rounds, \"at best\" the fastest call: where the two are far apart, other work had\n"
     "the cores. \"of n x 1\" divides by n times the peak of one core alone. \"memory\" is what\n"
     "the process grew by from before the context was made to after its first run, without\n"
-    "inputs and outputs.",
+    "inputs and outputs: heap or resident memory, whichever grew more.",
     0,
     0,
     {options, NULL},
@@ -226,7 +226,7 @@ static int time_case(struct bench_case *c, const struct lidx_args *args) {
     struct lidx_context *context;
     engine.n_threads = c->n_threads;
     engine.kernel = c->kernel[0] ? c->kernel : NULL;
-    double mark = memory_mark();
+    struct memory mark = memory_mark();
     if (lidx_create(&context, &engine))
         return refuse("%s", lidx_last_error());
     if (lidx_run(context, args)) {

@@ -9,6 +9,9 @@
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 #include "message.h"
 #include "numbers.h"
@@ -81,18 +84,33 @@ static double status_line(const char *name) {
     return kib < 0 ? -1 : kib * 1024;
 }
 
-double memory_mark(void) {
+/* Bytes that malloc has handed out, whether touched or not; -1 where the C library does not say. */
+static double heap_bytes(void) {
+#if defined(__GLIBC__) && __GLIBC_PREREQ(2, 33)
+    struct mallinfo2 info = mallinfo2();
+    return (double)info.uordblks + (double)info.hblkhd;
+#else
+    return -1;
+#endif
+}
+
+struct memory memory_mark(void) {
+    struct memory mark = {heap_bytes(), -1};
     int fd = open("/proc/self/clear_refs", O_WRONLY | O_CLOEXEC);
     if (fd >= 0) {
         ssize_t written = write(fd, "5", 1); /* the high-water mark starts again from here */
         close(fd);
         if (written == 1)
-            return status_line("VmRSS:");
+            mark.resident = status_line("VmRSS:");
     }
-    return -1;
+    return mark;
 }
 
-double memory_growth(double mark) {
-    double high = status_line("VmHWM:");
-    return mark < 0 || high < 0 ? -1 : high > mark ? high - mark : 0;
+double memory_growth(struct memory mark) {
+    double high = status_line("VmHWM:"), growth = -1;
+    if (mark.heap >= 0)
+        growth = larger(heap_bytes() - mark.heap, 0);
+    if (mark.resident >= 0 && high >= 0)
+        growth = larger(growth, high - mark.resident);
+    return growth;
 }

@@ -32,9 +32,13 @@ int speed_measure(struct lidx_context *context, const struct lidx_args *args, co
                   int n_threads, double flop, const struct speed_effort *effort,
                   struct speed *speed);
 
-/* Bytes by which the process's resident memory has grown at most since memory_mark(); -1 where
- * the system does not tell. */
-double memory_mark(void);
-double memory_growth(double mark);
+/* What the process uses: begin with memory_mark(), and memory_growth() is by how many bytes its
+ * heap has grown since, or its resident memory at its largest, whichever is more. -1 where the
+ * system tells neither. */
+struct memory {
+    double heap, resident; /* -1: unknown */
+};
+struct memory memory_mark(void);
+double memory_growth(struct memory mark);
 
 #endif
