@@ -30,8 +30,12 @@ enum {
     SPLITS_PER_WORKER = 64, /* cut blocks; each has at least two pieces and so two slots */
 };
 
+/* A cut block. All fields are 0 between runs. */
 struct split {
-    _Atomic int32_t done; /* pieces that have arrived; 0 between runs */
+    _Atomic int32_t done; /* pieces that have arrived */
+    /* For each row, an entry that k entries of finished pieces reach: whatever does not beat
+     * bound - 1 need not be looked at. It only saves work; the answer is the same without. */
+    _Atomic uint64_t bound[PLAN_ROWS];
 };
 
 struct cpu {
@@ -179,6 +183,27 @@ static void write_rows_past_end(const struct problem *p) {
         write_row(p, 0, i, NULL, 0);
 }
 
+static struct split *split_of(const struct worker *w, const struct plan_item *item) {
+    return &w->run->cpu->splits[item->split];
+}
+
+/* What other pieces of the row have found out; 0 is no bound. */
+static uint64_t known_threshold(const struct worker *w, const struct plan_item *item, int r) {
+    if (item->n_pieces == 1)
+        return 0;
+    uint64_t bound = atomic_load_explicit(&split_of(w, item)->bound[r], memory_order_relaxed);
+    return bound ? bound - 1 : 0;
+}
+
+static void publish_bound(const struct worker *w, const struct plan_item *item, int r,
+                          uint64_t bound) {
+    _Atomic uint64_t *shared = &split_of(w, item)->bound[r];
+    uint64_t known = atomic_load_explicit(shared, memory_order_relaxed);
+    while (known < bound && !atomic_compare_exchange_weak_explicit(
+                                shared, &known, bound, memory_order_relaxed, memory_order_relaxed))
+        continue;
+}
+
 static void load_rows(struct worker *w, const struct plan_item *item) {
     const struct problem *p = w->run->p;
     for (int r = 0; r < item->n_rows; r++) {
@@ -191,6 +216,7 @@ static void load_rows(struct worker *w, const struct plan_item *item) {
         w->run->path->pack(w->row[r].packed, &query);
         w->row[r].visible = lidx_visible(p, &item->extent, item->row + r);
         lidx_topk_reset(&w->row[r].topk, p->top_k, w->row[r].topk.entry, w->run->loops);
+        w->row[r].topk.threshold = known_threshold(w, item, r);
     }
 }
 
@@ -242,6 +268,8 @@ static void store_partials(struct worker *w, const struct plan_item *item) {
         struct topk *t = &w->row[r].topk;
         struct slot *slot = slot_at(w->run, item->slot + (int64_t)item->piece * item->n_rows + r);
         lidx_topk_select(t);
+        if (t->n == t->k)
+            publish_bound(w, item, r, t->threshold + 1);
         slot->n = t->n;
         memcpy(slot->entry, t->entry, sizeof *t->entry * (size_t)t->n);
     }
@@ -260,10 +288,12 @@ static void merge_partials(struct worker *w, const struct plan_item *item) {
 
 /* Whether this worker brings the last piece of a cut block. */
 static int arrives_last(struct worker *w, const struct plan_item *item) {
-    struct split *split = &w->run->cpu->splits[item->split];
+    struct split *split = split_of(w, item);
     if (atomic_fetch_add_explicit(&split->done, 1, memory_order_acq_rel) != item->n_pieces - 1)
         return 0;
     atomic_store_explicit(&split->done, 0, memory_order_relaxed);
+    for (int r = 0; r < item->n_rows; r++)
+        atomic_store_explicit(&split->bound[r], 0, memory_order_relaxed);
     return 1;
 }
 

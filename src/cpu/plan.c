@@ -4,7 +4,8 @@
 enum {
     ITEMS_PER_WORKER = 4, /* so that a slow or late thread costs little */
     ROWS_WANTED = 4,      /* rows that share a key tile from cache, where there are as many */
-    PIECE_WANTED = 32768, /* keys x rows; smaller pieces only to give every worker one */
+    PIECE_TOP_K = 4,      /* a piece of fewer keys than 4k discards little, and leaves all the
+                           * selection to the merge: only to give every worker a piece */
     PIECE_LEAST = 1024,   /* below this, waking a thread costs more than it saves */
 };
 
@@ -81,7 +82,8 @@ void lidx_plan_build(struct plan *plan, const struct problem *p, const struct pl
     plan->piece_work = INT64_MAX / 2;
     if (workers > 1)
         plan->piece_work = larger(work / (ITEMS_PER_WORKER * workers),
-                                  smaller(divide_up(work, workers), PIECE_WANTED));
+                                  smaller(divide_up(work, workers),
+                                          (int64_t)PIECE_TOP_K * p->top_k * plan->rows));
     plan->piece_work = larger(plan->piece_work, PIECE_LEAST);
     /* With piece_work above all work nothing is cut and no slot is needed, so this ends. */
     for (count(plan); plan->n_slots > limits->slots; count(plan))
