@@ -383,6 +383,22 @@ static void check(int32_t n_sm, int full) {
     }
 }
 
+static void check_small(int32_t n_sm) {
+    for (int kind : {0, 4, 10, 11, 13, 15}) {
+        struct test_case c = {kind, {}, {}, 1, 3, 4200, 0, 3, 2048, DTYPE_F32, n_sm, 0, 0};
+        run_case(c, 1);
+        c.n_key = 9000;
+        c.n_sm = 1;
+        run_case(c, 1);
+        c.n_sm = 4096;
+        run_case(c, 1);
+        c.top_k = 4096;
+        run_case(c, 1);
+    }
+    struct test_case crowd = {0, {}, {}, 1, 140, 9000, 0, 3, 64, DTYPE_F32, n_sm, 0, 0};
+    run_case(crowd, 1);
+}
+
 /* ---- timing ---------------------------------------------------------------------------------- */
 
 #ifdef __CUDACC__
@@ -514,6 +530,8 @@ int main(int argc, char **argv) {
             check(n_sm, 1);
         if (what == "quick")
             check(n_sm, 0);
+        if (what == "sanitize") /* few rows, for compute-sanitizer */
+            check_small(n_sm);
 #ifdef __CUDACC__
         if (all || what == "time")
             time_all(n_sm);

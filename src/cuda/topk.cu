@@ -230,8 +230,13 @@ static __device__ __forceinline__ void store_words(uint32_t *a, const uint32_t *
 }
 
 template <class Z, int WORDS> static __device__ __forceinline__ void zero(uint32_t *words) {
-    for (int i = threadIdx.x; i < WORDS / 4; i += Z::THREADS)
-        ((uint4 *)words)[i] = make_uint4(0, 0, 0, 0);
+    const int N = (WORDS / 4 + Z::THREADS - 1) / Z::THREADS;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        int j = i * Z::THREADS + threadIdx.x;
+        if (WORDS / 4 % Z::THREADS == 0 || j < WORDS / 4)
+            ((uint4 *)words)[j] = make_uint4(0, 0, 0, 0);
+    }
 }
 
 /* Turns counts into sums of the bins before, and finds the bin that holds the rank-th (from 1),
@@ -793,6 +798,61 @@ template <class Z> static __device__ __noinline__ int plateau_select(void) {
 
 /* ---- short rows ------------------------------------------------------------------------------ */
 
+/* The smallest and the largest key of this thread, over the block. */
+template <class Z>
+static __device__ __forceinline__ void block_ends(struct shared<Z> *s, uint32_t best,
+                                                  uint32_t worst) {
+    best = __reduce_min_sync(ALL_LANES, best);
+    worst = __reduce_max_sync(ALL_LANES, worst);
+    if (lane_id() == 0) {
+        atomicMin(&s->last_low, best);
+        atomicMax(&s->last_high, worst);
+    }
+    __syncthreads();
+}
+
+/* Finds the ends of the threshold's bin from the list. */
+template <class Z> static __device__ __noinline__ void measure_last_bin(void) {
+    struct shared<Z> *s = shared_memory<Z>();
+    uint32_t bin = s->bin, best = KEY_MASKED, worst = 0;
+    for (uint32_t j = threadIdx.x; j < s->n_list; j += Z::THREADS) {
+        uint32_t key = s->list[j] >> 32;
+        if (key >> 21 == bin) {
+            best = min(best, key);
+            worst = max(worst, key);
+        }
+    }
+    block_ends(s, best, worst);
+}
+
+/* Where the candidates of the first digit do not fit the list: equal scores are the usual cause.
+ * Reads the row again, because keys kept for this in registers would spill. */
+template <class Z> static __device__ __noinline__ void narrow_short(void) {
+    struct shared<Z> *s = shared_memory<Z>();
+    uint32_t bin = s->bin, best = KEY_MASKED, worst = 0, n = s->row.n;
+    for (uint32_t i = 4 * threadIdx.x; i < n; i += 4 * Z::THREADS) {
+        float4 x = load4(s->row.score, i, n);
+        uint32_t key[4] = {key_of(x.x), key_of(x.y), key_of(x.z), key_of(x.w)};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (key[j] >> 21 == bin) {
+                best = min(best, key[j]);
+                worst = max(worst, key[j]);
+            }
+        }
+    }
+    __syncwarp();
+    block_ends(s, best, worst);
+    if (s->last_low < s->last_high) {
+        exact_select<Z>(1);
+        return;
+    }
+    collect<Z>(s->last_low, s->row.top_k - s->before); /* the table of the bins before is right */
+    if (threadIdx.x == 0)
+        s->last_high = 0;
+    __syncthreads();
+}
+
 /* The row in registers: histogram, threshold bin, and all candidates of it and the bins before. */
 template <class Z> static __device__ __noinline__ void feed_short(void) {
     struct shared<Z> *s = shared_memory<Z>();
@@ -824,34 +884,10 @@ template <class Z> static __device__ __noinline__ void feed_short(void) {
     if (s->total == 0)
         return;
     uint32_t bin = s->bin, before = s->before, count = s->count;
-    uint32_t low = bin << 21, edge = low | 0x1FFFFFu, take = 0;
-    if (count > WIDE_BIN) {
-        uint32_t worst = 0, best = edge;
-#pragma unroll
-        for (int i = 0; i < GROUPS * 4; i++) {
-            if (key[i] <= edge)
-                worst = max(worst, key[i]);
-            if (key[i] >= low)
-                best = min(best, key[i]);
-        }
-        worst = __reduce_max_sync(ALL_LANES, worst);
-        best = __reduce_min_sync(ALL_LANES, best);
-        if (lane_id() == 0) {
-            atomicMax(&s->last_high, worst);
-            atomicMin(&s->last_low, best);
-        }
-        __syncthreads();
-        if (before + count > Z::LIST && s->last_low < s->last_high) {
-            exact_select<Z>(1);
-            return;
-        }
-        if (before + count > top_k && s->last_low == s->last_high) { /* one value: a plateau */
-            collect<Z>(s->last_low, top_k - before); /* reads again: keys kept for it spill */
-            if (threadIdx.x == 0)
-                s->last_high = 0;
-            __syncthreads();
-            return;
-        }
+    uint32_t edge = bin << 21 | 0x1FFFFFu, take = 0;
+    if (before + count > Z::LIST) {
+        narrow_short<Z>();
+        return;
     }
 #pragma unroll
     for (int i = 0; i < GROUPS * 4; i++)
@@ -862,6 +898,8 @@ template <class Z> static __device__ __noinline__ void feed_short(void) {
         if (key[i] <= edge)
             *to++ = pair(key[i], 4 * (i / 4 * Z::THREADS + threadIdx.x) + i % 4);
     __syncthreads();
+    if (count > WIDE_BIN)
+        measure_last_bin<Z>();
 }
 
 /* ---- long rows ------------------------------------------------------------------------------- */
