@@ -36,8 +36,7 @@ enum {
     TILE_BLOCKS = 3,
     TILE = TILE_BLOCKS * KEY_BLOCK, /* 48 keys: a multiple of 6, 12 and 16 */
     PITCH = MAX_HEAD_DIM,           /* floats from key to key in the scratch */
-    NEAR = 1,                       /* tiles of 128-element keys to the fetch into L1 */
-    FAR = 4,                        /* and into L2 */
+    FETCH_AHEAD = TILE_BLOCKS,      /* blocks from the tile in work to the one fetched into L1 */
 };
 
 static int group_count(int n_heads) {
@@ -93,11 +92,10 @@ INLINE void widen_rows(float *wide, const unsigned char *rows, int64_t stride, i
     }
 }
 
-/* Where the next lines to fetch are, and how far from one fetch to the next; a step is 0 where
- * there is nothing to fetch. */
+/* The next bytes to fetch, and how far from one fetch to the next; 0 where there is nothing. */
 struct ahead {
-    const unsigned char *near, *far;
-    int64_t near_step, far_step;
+    const unsigned char *line;
+    int64_t step;
 };
 
 /* The intrinsic leaves gcc free to let sums wander between registers; with 15 of 16 in use it then
@@ -111,8 +109,8 @@ INLINE void dots(float dot[CHAINS][LANES], const float *query, const float *keys
                  struct ahead *ahead, int P) {
     const int K = CHAINS / P;
     const float *end = keys + head_dim;
-    const unsigned char *near = ahead->near, *far = ahead->far;
-    const int64_t near_step = ahead->near_step, far_step = ahead->far_step;
+    const unsigned char *line = ahead->line;
+    const int64_t step = ahead->step;
     __m256 sum[CHAINS];
     UNROLL
     for (int i = 0; i < CHAINS; i++)
@@ -132,15 +130,12 @@ INLINE void dots(float dot[CHAINS][LANES], const float *query, const float *keys
                     multiply_add(&sum[i * P + g], q[g], k);
             }
             if (s % (2 * P) == 0) {
-                _mm_prefetch((const char *)near, _MM_HINT_T0);
-                _mm_prefetch((const char *)far, _MM_HINT_T1);
-                near += near_step;
-                far += far_step;
+                _mm_prefetch((const char *)line, _MM_HINT_T0);
+                line += step;
             }
         }
     }
-    ahead->near = near;
-    ahead->far = far;
+    ahead->line = line;
     UNROLL
     for (int i = 0; i < CHAINS; i++)
         _mm256_store_ps(dot[i], sum[i]);
@@ -206,23 +201,14 @@ INLINE __m256 add_lanes(float sums[][LANES]) {
                          _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
 }
 
-/* block[i], or `here` with a step of 0 where the list has no such entry. */
-static const unsigned char *listed(const struct key_run *run, int i, const void *here,
-                                   int64_t *step) {
-    int total = (run->n_keys + KEY_BLOCK - 1) / KEY_BLOCK + run->n_ahead;
-    *step = i < total ? *step : 0;
-    return i < total ? run->block[i] : here;
-}
-
-/* The tiles to fetch while the one at block b is scored. A panel issues a fetch every 2 P elements
- * of every 12 / P keys: one for 48 bytes of the tile, so n panels advance by 48 / n each time. */
-static struct ahead ahead_of(const struct key_run *run, int b, int head_dim, int panels) {
-    int64_t step = (48 + panels - 1) / panels;
-    struct ahead ahead = {NULL, NULL, step, step};
-    int tile = TILE_BLOCKS * MAX_HEAD_DIM / head_dim;
-    ahead.near = listed(run, b + NEAR * tile, run->block[b], &ahead.near_step);
-    ahead.far = listed(run, b + FAR * tile, run->block[b], &ahead.far_step);
-    return ahead;
+/* The tile to fetch while the one at block b is scored; without one, the same line again and again,
+ * which is free. A panel issues a fetch every 2 P elements of every 12 / P keys: one for 48 bytes of
+ * the tile, so n panels advance by 48 / n each time. */
+static struct ahead ahead_of(const struct key_run *run, int b, int panels) {
+    int next = b + FETCH_AHEAD, blocks = (run->n_keys + KEY_BLOCK - 1) / KEY_BLOCK;
+    if (next < blocks + run->n_ahead)
+        return (struct ahead){run->block[next], (48 + panels - 1) / panels};
+    return (struct ahead){run->block[b], 0};
 }
 
 /* The keys of up to three blocks from block b on. */
@@ -232,7 +218,7 @@ INLINE void score_tile(float *score, const void *packed, int n_heads, int head_d
     const float *weights = packed, *masks = weights + groups * LANES;
     const float *query = masks + groups * LANES;
     const int left = run->n_keys - b * KEY_BLOCK, n = left < TILE ? left : TILE;
-    struct ahead ahead = ahead_of(run, b, head_dim, (groups + 1) / 2);
+    struct ahead ahead = ahead_of(run, b, (groups + 1) / 2);
     float wide[TILE * PITCH] __attribute__((aligned(64)));
     float sums[TILE][LANES] __attribute__((aligned(64)));
     float scores[TILE] __attribute__((aligned(64)));

@@ -31,9 +31,8 @@
 
 enum {
     LANES = 16,
-    STEPS = 8, /* elements in one round of the dot loop */
-    NEAR = 4,  /* blocks of 128-element keys from the key in work to the fetch into L1 */
-    FAR = 16,  /* and into L2 */
+    STEPS = 8,       /* elements in one round of the dot loop */
+    FETCH_AHEAD = 3, /* blocks from the one in work to the one fetched into L1 */
 };
 
 /* Shared with avx512_bf16.c, whose fp16 path they are. */
@@ -95,17 +94,19 @@ INLINE void widen_rows(float *wide, const unsigned char *rows, int64_t stride, i
         memset(wide + n * D, 0, sizeof(float) * (size_t)((KEY_BLOCK - n) * D));
 }
 
-/* Where the next lines to fetch are; a step is 0 where there is nothing to fetch. */
+/* The next bytes to fetch, and how far from one fetch to the next; 0 where there is nothing. */
 struct ahead {
-    const unsigned char *near, *far;
-    int64_t near_step, far_step;
+    const unsigned char *line;
+    int64_t step;
 };
 
 /* A panel of P groups against the 16 keys of a block: sums[j] gets, or is raised by, key j's
  * weighted ReLUs, a lane for each 16th head. `last` masks the lanes of the panel's last group. */
 INLINE void panel(float sums[KEY_BLOCK][LANES], const float *query, const float *weights,
-                  const float *keys, struct ahead ahead, int P, int D, int first, __mmask16 last) {
+                  const float *keys, struct ahead *ahead, int P, int D, int first, __mmask16 last) {
     const int K = LANES / P;
+    const unsigned char *line = ahead->line;
+    const int64_t step = ahead->step;
     for (int j = 0; j < KEY_BLOCK; j += K, keys += K * D) {
         const float *q = query, *k = keys;
         __m512 dot[16];
@@ -126,12 +127,9 @@ INLINE void panel(float sums[KEY_BLOCK][LANES], const float *query, const float 
                     for (int g = 0; g < P; g++)
                         dot[i * P + g] = _mm512_fmadd_ps(kv, qv[g], dot[i * P + g]);
                 }
-                /* K rows of 2 D bytes in D steps: a line every 32 / K = 2 P steps. */
                 if (s % (2 * P) == 0) {
-                    _mm_prefetch((const char *)ahead.near, _MM_HINT_T0);
-                    _mm_prefetch((const char *)ahead.far, _MM_HINT_T1);
-                    ahead.near += ahead.near_step;
-                    ahead.far += ahead.far_step;
+                    _mm_prefetch((const char *)line, _MM_HINT_T0);
+                    line += step;
                 }
             }
             q += STEPS * P * LANES;
@@ -150,6 +148,7 @@ INLINE void panel(float sums[KEY_BLOCK][LANES], const float *query, const float 
             _mm512_store_ps(sums[j + i], sum);
         }
     }
+    ahead->line = line;
 }
 
 /* The 16 lanes of each of 16 keys, added in one order for all: a transposing tree. */
@@ -175,11 +174,14 @@ INLINE __m512 add_lanes(float sums[KEY_BLOCK][LANES]) {
                          _mm512_shuffle_f32x4(halves[0], halves[1], 0xDD));
 }
 
-/* block[i], or `here` with a step of 0 where the list has no such entry. */
-INLINE const unsigned char *listed(const struct key_run *run, int total, int i, const void *here,
-                                   int64_t *step) {
-    *step = i < total ? 64 : 0;
-    return i < total ? run->block[i] : here;
+/* The block to fetch while block b is scored; without one, the same line again and again, which is
+ * free. A panel issues a fetch every 2 P elements of every 16 / P keys: one for each line of the
+ * block, so n panels advance by an nth of a line each time. */
+INLINE struct ahead ahead_of(const struct key_run *run, int blocks, int b, int panels) {
+    int next = b + FETCH_AHEAD;
+    if (next < blocks + run->n_ahead)
+        return (struct ahead){run->block[next], (64 + panels - 1) / panels};
+    return (struct ahead){run->block[b], 0};
 }
 
 INLINE void score_blocks(float *score, const void *packed, int n_heads, const struct key_run *run,
@@ -187,7 +189,7 @@ INLINE void score_blocks(float *score, const void *packed, int n_heads, const st
     const int groups = group_count(n_heads);
     const float *weights = packed;
     const __mmask16 last = (__mmask16)(0xFFFF >> (groups * LANES - n_heads));
-    const int blocks = (run->n_keys + KEY_BLOCK - 1) / KEY_BLOCK, total = blocks + run->n_ahead;
+    const int blocks = (run->n_keys + KEY_BLOCK - 1) / KEY_BLOCK;
     float sums[KEY_BLOCK][LANES] __attribute__((aligned(64)));
     float wide[KEY_BLOCK * MAX_HEAD_DIM] __attribute__((aligned(64)));
     for (int b = 0; b < blocks; b++) {
@@ -195,19 +197,16 @@ INLINE void score_blocks(float *score, const void *packed, int n_heads, const st
         const float *query = weights + groups * LANES;
         int n = run->n_keys - b * KEY_BLOCK;
         widen_rows(wide, rows, run->row_stride, n < KEY_BLOCK ? n : KEY_BLOCK, D, dtype);
-        struct ahead ahead;
-        ahead.near = listed(run, total, b + NEAR * 128 / D, rows, &ahead.near_step);
-        ahead.far = listed(run, total, b + FAR * 128 / D, rows, &ahead.far_step);
+        struct ahead ahead = ahead_of(run, blocks, b, (groups + 1) / 2);
         for (int g = 0; g < groups;) {
             int P = panel_groups(groups - g), first = g == 0;
             __mmask16 mask = g + P == groups ? last : (__mmask16)0xFFFF;
             if (P == 2)
-                panel(sums, query, weights + g * LANES, wide, ahead, 2, D, first, mask);
+                panel(sums, query, weights + g * LANES, wide, &ahead, 2, D, first, mask);
             else
-                panel(sums, query, weights + g * LANES, wide, ahead, 1, D, first, mask);
+                panel(sums, query, weights + g * LANES, wide, &ahead, 1, D, first, mask);
             query += D * P * LANES;
             g += P;
-            ahead = (struct ahead){rows, rows, 0, 0};
         }
         __mmask16 valid = n < KEY_BLOCK ? (__mmask16)((1u << n) - 1) : (__mmask16)0xFFFF;
         _mm512_mask_store_ps(score + b * KEY_BLOCK, valid, add_lanes(sums));

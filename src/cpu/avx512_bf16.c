@@ -30,9 +30,8 @@
 
 enum {
     LANES = 16,
-    STEPS = 8,         /* steps of two elements in one round of the dot loop */
-    NEAR = 4,          /* blocks of 128-element keys from the key in work to the fetch into L1 */
-    FAR = 16,          /* and into L2 */
+    STEPS = 8,       /* steps of two elements in one round of the dot loop */
+    FETCH_AHEAD = 4, /* blocks from the one in work to the one fetched into L1 */
 };
 
 /* fp16 has no product instruction here; the path is that of avx512.c. */
@@ -83,10 +82,10 @@ INLINE const unsigned char *gather(unsigned char *copy, const unsigned char *blo
     return copy;
 }
 
-/* Where the next lines to fetch are; advance is 0 where there is nothing to fetch. */
+/* The next line to fetch, and how far from one fetch to the next; 0 where there is nothing. */
 struct ahead {
-    const unsigned char *near, *far;
-    int64_t near_step, far_step;
+    const unsigned char *line;
+    int64_t step;
 };
 
 /* A panel of P groups against the 16 keys of a block: sums[j] gets, or is raised by, key j's
@@ -119,10 +118,8 @@ INLINE void panel(float sums[KEY_BLOCK][LANES], const unsigned char *query, cons
                 }
                 /* K rows of 2 D bytes in D / 2 steps: a line every 16 / K = P steps. */
                 if (s % P == 0) {
-                    _mm_prefetch((const char *)ahead.near, _MM_HINT_T0);
-                    _mm_prefetch((const char *)ahead.far, _MM_HINT_T1);
-                    ahead.near += ahead.near_step;
-                    ahead.far += ahead.far_step;
+                    _mm_prefetch((const char *)ahead.line, _MM_HINT_T0);
+                    ahead.line += ahead.step;
                 }
             }
             q += STEPS * P * 64;
@@ -166,11 +163,12 @@ INLINE __m512 add_lanes(float sums[KEY_BLOCK][LANES]) {
                          _mm512_shuffle_f32x4(halves[0], halves[1], 0xDD));
 }
 
-/* block[i], or `here` with a step of 0 where the list has no such entry. */
-INLINE const unsigned char *listed(const struct key_run *run, int total, int i, const void *here,
-                                   int64_t *step) {
-    *step = i < total ? 64 : 0;
-    return i < total ? run->block[i] : here;
+/* The block to fetch while block b is scored; without one, `here` again and again, which is free. */
+INLINE struct ahead ahead_of(const struct key_run *run, int blocks, int b, const void *here) {
+    int next = b + FETCH_AHEAD;
+    if (next < blocks + run->n_ahead)
+        return (struct ahead){run->block[next], 64};
+    return (struct ahead){here, 0};
 }
 
 INLINE void score_blocks(float *score, const void *packed, int n_heads, const struct key_run *run,
@@ -178,7 +176,7 @@ INLINE void score_blocks(float *score, const void *packed, int n_heads, const st
     const int groups = group_count(n_heads);
     const float *weights = packed;
     const __mmask16 last = (__mmask16)(0xFFFF >> (groups * LANES - n_heads));
-    const int blocks = (run->n_keys + KEY_BLOCK - 1) / KEY_BLOCK, total = blocks + run->n_ahead;
+    const int blocks = (run->n_keys + KEY_BLOCK - 1) / KEY_BLOCK;
     float sums[KEY_BLOCK][LANES] __attribute__((aligned(64)));
     unsigned char copy[KEY_BLOCK * 2 * MAX_HEAD_DIM] __attribute__((aligned(64)));
     for (int b = 0; b < blocks; b++) {
@@ -187,9 +185,7 @@ INLINE void score_blocks(float *score, const void *packed, int n_heads, const st
         int n = run->n_keys - b * KEY_BLOCK;
         if (n < KEY_BLOCK || run->row_stride != 2 * D)
             keys = gather(copy, keys, run->row_stride, n < KEY_BLOCK ? n : KEY_BLOCK, 2 * D);
-        struct ahead ahead;
-        ahead.near = listed(run, total, b + NEAR * 128 / D, keys, &ahead.near_step);
-        ahead.far = listed(run, total, b + FAR * 128 / D, keys, &ahead.far_step);
+        struct ahead ahead = ahead_of(run, blocks, b, keys);
         for (int g = 0; g < groups;) {
             int P = panel_groups(groups - g), first = g == 0;
             __mmask16 mask = g + P == groups ? last : (__mmask16)0xFFFF;
@@ -201,7 +197,7 @@ INLINE void score_blocks(float *score, const void *packed, int n_heads, const st
                 panel(sums, query, weights + g * LANES, keys, ahead, 1, D, first, mask);
             query += D / 2 * P * 64;
             g += P;
-            ahead = (struct ahead){keys, keys, 0, 0};
+            ahead = (struct ahead){keys, 0}; /* the first panel has fetched all */
         }
         __mmask16 valid = n < KEY_BLOCK ? (__mmask16)((1u << n) - 1) : (__mmask16)0xFFFF;
         _mm512_mask_store_ps(score + b * KEY_BLOCK, valid, add_lanes(sums));
