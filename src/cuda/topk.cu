@@ -452,49 +452,52 @@ template <class Z> static __device__ void sort_network(struct shared<Z> *s, uint
 
 enum { SPLITTERS = 256, TOO_MANY = 512 };
 
-/* How many splitters are at or before x: the number of its part, 0 .. SPLITTERS. */
-static __device__ __forceinline__ uint32_t part_of(const uint64_t *splitter, uint64_t x) {
-    uint32_t part = 0;
-#pragma unroll
-    for (uint32_t step = SPLITTERS / 2; step; step /= 2)
-        part += splitter[part + step - 1] <= x ? step : 0;
-    return part + (splitter[part] <= x);
-}
-
 /* Orders a list whose values are spread too unevenly for buckets by value: parts between splitters
  * that are members of the list themselves, so that what is dense is cut fine; equal scores have
  * different positions and are cut like all others. Each member then counts those before it. */
 template <class Z> static __device__ __noinline__ void order_crowded(void) {
     struct shared<Z> *s = shared_memory<Z>();
-    uint32_t n_list = s->n_list;
+    const uint32_t n_list = s->n_list, share = SPLITTERS * SPLITTERS / Z::THREADS;
     uint64_t *drawn = (uint64_t *)s->counter, *splitter = drawn + SPLITTERS;
-    uint32_t *end = s->hist; /* of each part */
+    uint32_t *end = s->hist, *rank = end + BINS / 2; /* of each part, of each splitter */
     uint64_t item[Z::ITEMS];
-#pragma unroll
-    for (int i = 0; i < Z::ITEMS; i++) {
-        uint32_t j = i * Z::THREADS + threadIdx.x;
-        item[i] = j < n_list ? s->list[j] : 0;
-    }
+    uint32_t part[Z::ITEMS];
     __syncthreads();
-    zero<Z, BINS>(end);
+    zero<Z, BINS>(s->hist);
     if (threadIdx.x == 0)
         s->crowded = 0;
     if (threadIdx.x < SPLITTERS)
         drawn[threadIdx.x] = s->list[threadIdx.x * n_list / SPLITTERS];
     __syncthreads();
-    if (threadIdx.x < SPLITTERS) { /* short lists draw some twice: those keep their order */
-        uint64_t x = drawn[threadIdx.x];
-        uint32_t rank = 0;
-        for (uint32_t j = 0; j < SPLITTERS; j++)
-            rank += drawn[j] < x || (drawn[j] == x && j < threadIdx.x);
-        splitter[rank] = x;
+    uint32_t mine = threadIdx.x % SPLITTERS, from = threadIdx.x / SPLITTERS * share, before = 0;
+    uint64_t x = drawn[mine];
+    for (uint32_t j = from; j < from + share; j++) /* short lists draw some twice */
+        before += drawn[j] < x || (drawn[j] == x && j < mine);
+    atomicAdd(&rank[mine], before);
+    __syncthreads();
+    if (threadIdx.x < SPLITTERS) {
+        splitter[rank[mine]] = x;
+        rank[mine] = 0; /* lies where scan_hist will sum */
     }
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < Z::ITEMS; i++)
-        if (i * Z::THREADS + threadIdx.x < n_list &&
-            atomicAdd(&end[part_of(splitter, item[i])], 1u) >= TOO_MANY)
+    for (int i = 0; i < Z::ITEMS; i++) {
+        uint32_t j = i * Z::THREADS + threadIdx.x;
+        item[i] = j < n_list ? s->list[j] : 0;
+        part[i] = 0;
+    }
+    /* Halving: how many splitters are at or before an item. */
+#pragma unroll 1
+    for (uint32_t step = SPLITTERS / 2; step; step /= 2)
+#pragma unroll
+        for (int i = 0; i < Z::ITEMS; i++)
+            part[i] += splitter[part[i] + step - 1] <= item[i] ? step : 0;
+#pragma unroll
+    for (int i = 0; i < Z::ITEMS; i++) {
+        part[i] += splitter[part[i]] <= item[i];
+        if (i * Z::THREADS + threadIdx.x < n_list && atomicAdd(&end[part[i]], 1u) >= TOO_MANY)
             s->crowded = 1;
+    }
     __syncthreads();
     if (s->crowded) {
         sort_network(s, n_list);
@@ -504,23 +507,22 @@ template <class Z> static __device__ __noinline__ void order_crowded(void) {
 #pragma unroll
     for (int i = 0; i < Z::ITEMS; i++)
         if (i * Z::THREADS + threadIdx.x < n_list)
-            s->list[atomicAdd(&end[part_of(splitter, item[i])], 1u)] = item[i];
+            s->list[atomicAdd(&end[part[i]], 1u)] = item[i];
     __syncthreads();
-    uint32_t to[Z::ITEMS];
 #pragma unroll
     for (int i = 0; i < Z::ITEMS; i++) {
         if (i * Z::THREADS + threadIdx.x >= n_list)
             continue;
-        uint32_t part = part_of(splitter, item[i]), stop = end[part];
-        to[i] = part ? end[part - 1] : 0;
-        for (uint32_t j = to[i]; j < stop; j++)
-            to[i] += s->list[j] < item[i];
+        uint32_t stop = end[part[i]], to = part[i] ? end[part[i] - 1] : 0;
+        for (uint32_t j = to; j < stop; j++)
+            to += s->list[j] < item[i];
+        part[i] = to;
     }
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < Z::ITEMS; i++)
         if (i * Z::THREADS + threadIdx.x < n_list)
-            s->list[to[i]] = item[i];
+            s->list[part[i]] = item[i];
     __syncthreads();
 }
 
