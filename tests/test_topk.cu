@@ -3,8 +3,11 @@
  * The selection on the device, alone: score slabs are filled directly, every row is compared with
  * a sort on the host, and every launch is repeated and compared byte for byte.
  *
- *     nvcc -std=c++17 -O3 -arch=native -Xcompiler -fopenmp tests/test_topk.cu src/cuda/topk.cu -o test_topk
- *     ./test_topk [check | quick] [time] [profile]
+ *     nvcc -std=c++17 -O3 -arch=native -Xcompiler -fopenmp tests/test_topk.cu \
+ *         src/cuda/topk.cu -o test_topk
+ *     ./test_topk [check | quick | sanitize] [time] [profile]
+ *
+ * Without a GPU: tests/emulated/cuda_runtime.h.
  */
 #include <algorithm>
 #include <cmath>
@@ -221,8 +224,8 @@ static void run_case(const struct test_case &c, int launches) {
     int64_t rows = lidx_rows(p), stride = (c.n_key + 63) / 64 * 64 + 64;
     size_t k = (size_t)c.top_k, value_bytes = c.values_dtype == DTYPE_F32 ? 4 : 2;
     std::vector<int32_t> want_indices(rows * k), got_indices(rows * k), again(rows * k);
-    std::vector<unsigned char> want_values(rows * k * value_bytes), got_values(rows * k * value_bytes),
-        values_again(rows * k * value_bytes);
+    std::vector<unsigned char> want_values(rows * k * value_bytes), got_values(want_values),
+        values_again(want_values);
     std::vector<float> score(rows * stride);
     std::vector<int64_t> visible(rows);
 
@@ -239,7 +242,7 @@ static void run_case(const struct test_case &c, int launches) {
         visible[row] = n;
         float *x = &score[row * stride];
         for (int64_t j = 0; j < stride; j++) /* whoever reads past the end takes the bait */
-            x[j] = j < n ? datum(c.kind, (uint64_t)row * 1000003 + c.kind * 7919 + 1, j, n) : INFINITY;
+            x[j] = j < n ? datum(c.kind, row * 1000003ull + c.kind * 7919 + 1, j, n) : INFINITY;
         expect_row(x, n, p, &want_indices[row * k], &want_values[row * k * value_bytes]);
     }
 
@@ -295,8 +298,8 @@ static void run_case(const struct test_case &c, int launches) {
                 if (failed++ - before < 2)
                     report(c, row, visible[row], &want_indices[row * k], &got_indices[row * k],
                            &score[row * stride]);
-            } else if (memcmp(&want_values[row * k * value_bytes], &got_values[row * k * value_bytes],
-                              k * value_bytes)) {
+            } else if (memcmp(&want_values[row * k * value_bytes],
+                              &got_values[row * k * value_bytes], k * value_bytes)) {
                 if (failed++ - before < 2)
                     printf("FAIL %s row %lld: values of type %d differ\n", data_names[c.kind],
                            (long long)row, c.values_dtype);
@@ -505,7 +508,8 @@ static void time_all(int32_t n_sm) {
     printf("k on 2048 x 8192, 2048 x 65536, 1 x 131072:");
     for (int k : {64, 512, 2049, 4096, 8192})
         printf("  %d: %.0f %.0f %.1f", k, time_one(2048, 8192, k, 0, 0, n_sm, 7, 0),
-               time_one(2048, 65536, k, 0, 0, n_sm, 5, 0), time_one(1, 131072, k, 0, 0, n_sm, 7, 0));
+               time_one(2048, 65536, k, 0, 0, n_sm, 5, 0),
+               time_one(1, 131072, k, 0, 0, n_sm, 7, 0));
     printf("\nbad data: 8192 x 8192, 2048 x 65536, 1 x 131072, 64 x 65536\n");
     for (int kind : {0, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 19})
         printf("%-9s %6.0f %6.0f %6.1f %6.1f\n", data_names[kind],

@@ -43,8 +43,8 @@ enum { SPLIT_ROOM = 4096 };
 /* Sizes of one kernel. SPREAD buckets per candidate; a bucket of more than CROWD members makes the
  * row take the refined path. */
 template <int THREADS_, int LIST_, int SPREAD_, int CROWD_> struct sizes {
-    static const int THREADS = THREADS_, LIST = LIST_, SPREAD = SPREAD_, CROWD = CROWD_;
-    static const int WARPS = THREADS / LANES, ITEMS = LIST / THREADS;
+    static const uint32_t THREADS = THREADS_, LIST = LIST_, SPREAD = SPREAD_, CROWD = CROWD_;
+    static const uint32_t WARPS = THREADS / LANES, ITEMS = LIST / THREADS;
     static const int WORDS = LIST * SPREAD / 4; /* byte counters, four to a word */
 };
 
@@ -177,7 +177,7 @@ static __device__ __forceinline__ uint32_t lane_id(void) {
 
 static __device__ __forceinline__ uint32_t warp_inclusive(uint32_t x) {
 #pragma unroll
-    for (int d = 1; d < LANES; d *= 2) {
+    for (uint32_t d = 1; d < LANES; d *= 2) {
         uint32_t y = __shfl_up_sync(ALL_LANES, x, d);
         x += lane_id() >= d ? y : 0;
     }
@@ -405,7 +405,7 @@ static __device__ __forceinline__ void scatter(struct shared<Z> *s, uint32_t n_l
     __syncthreads();
     /* A slot becomes the beginning and the size of the bucket that the thread has to sort. */
 #pragma unroll
-    for (int i = 0; i < Z::ITEMS; i++) {
+    for (uint32_t i = 0; i < Z::ITEMS; i++) {
         if (i % 2 == 0 && i * Z::THREADS >= n_list)
             break;
         uint32_t bucket = slot[i] & 0xFFFF, word = s->counter[bucket / 4];
@@ -419,7 +419,7 @@ static __device__ __forceinline__ void scatter(struct shared<Z> *s, uint32_t n_l
     }
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < Z::ITEMS; i++) {
+    for (uint32_t i = 0; i < Z::ITEMS; i++) {
         if (i % 2 == 0 && i * Z::THREADS >= n_list)
             break;
         if (slot[i])
@@ -481,7 +481,7 @@ template <class Z> static __device__ __noinline__ void order_crowded(void) {
     }
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < Z::ITEMS; i++) {
+    for (uint32_t i = 0; i < Z::ITEMS; i++) {
         uint32_t j = i * Z::THREADS + threadIdx.x;
         item[i] = j < n_list ? s->list[j] : 0;
         part[i] = 0;
@@ -490,10 +490,10 @@ template <class Z> static __device__ __noinline__ void order_crowded(void) {
 #pragma unroll 1
     for (uint32_t step = SPLITTERS / 2; step; step /= 2)
 #pragma unroll
-        for (int i = 0; i < Z::ITEMS; i++)
+        for (uint32_t i = 0; i < Z::ITEMS; i++)
             part[i] += splitter[part[i] + step - 1] <= item[i] ? step : 0;
 #pragma unroll
-    for (int i = 0; i < Z::ITEMS; i++) {
+    for (uint32_t i = 0; i < Z::ITEMS; i++) {
         part[i] += splitter[part[i]] <= item[i];
         if (i * Z::THREADS + threadIdx.x < n_list && atomicAdd(&end[part[i]], 1u) >= TOO_MANY)
             s->crowded = 1;
@@ -505,12 +505,12 @@ template <class Z> static __device__ __noinline__ void order_crowded(void) {
     }
     scan_hist(s, 1, 0);
 #pragma unroll
-    for (int i = 0; i < Z::ITEMS; i++)
+    for (uint32_t i = 0; i < Z::ITEMS; i++)
         if (i * Z::THREADS + threadIdx.x < n_list)
             s->list[atomicAdd(&end[part[i]], 1u)] = item[i];
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < Z::ITEMS; i++) {
+    for (uint32_t i = 0; i < Z::ITEMS; i++) {
         if (i * Z::THREADS + threadIdx.x >= n_list)
             continue;
         uint32_t stop = end[part[i]], to = part[i] ? end[part[i] - 1] : 0;
@@ -520,7 +520,7 @@ template <class Z> static __device__ __noinline__ void order_crowded(void) {
     }
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < Z::ITEMS; i++)
+    for (uint32_t i = 0; i < Z::ITEMS; i++)
         if (i * Z::THREADS + threadIdx.x < n_list)
             s->list[part[i]] = item[i];
     __syncthreads();
@@ -533,7 +533,7 @@ static __device__ __forceinline__ void enter_all(struct shared<Z> *s, uint32_t n
                                                  const struct last_bin *last, uint64_t *item,
                                                  uint32_t *slot, uint32_t *worst) {
 #pragma unroll
-    for (int i = 0; i < Z::ITEMS; i += 2) {
+    for (uint32_t i = 0; i < Z::ITEMS; i += 2) {
         if (i * Z::THREADS >= n_list)
             break;
         uint32_t bucket[2];
@@ -612,7 +612,7 @@ template <class Z> static __device__ __noinline__ void table_from_list(uint32_t 
     __syncthreads();
     uint32_t low = high;
 #pragma unroll
-    for (int i = 0; i < Z::ITEMS; i++) {
+    for (uint32_t i = 0; i < Z::ITEMS; i++) {
         uint32_t j = i * Z::THREADS + threadIdx.x;
         if (j < n_list) {
             uint32_t key = s->list[j] >> 32;
@@ -860,17 +860,17 @@ template <class Z> static __device__ __noinline__ void feed_short(void) {
     struct shared<Z> *s = shared_memory<Z>();
     const float *score = s->row.score;
     uint32_t n = s->row.n, top_k = s->row.top_k;
-    const int GROUPS = SHORT / 4 / Z::THREADS;
+    const uint32_t GROUPS = SHORT / 4 / Z::THREADS;
     float4 x[GROUPS];
     uint32_t key[GROUPS * 4];
 #pragma unroll
-    for (int g = 0; g < GROUPS; g++) {
+    for (uint32_t g = 0; g < GROUPS; g++) {
         uint32_t i = 4 * (g * Z::THREADS + threadIdx.x);
         x[g] = 4 * (g + 1) * Z::THREADS <= n ? *(const float4 *)(score + i)
                                              : load4(score, i, n);
     }
 #pragma unroll
-    for (int g = 0; g < GROUPS; g++) {
+    for (uint32_t g = 0; g < GROUPS; g++) {
         key[4 * g] = key_of(x[g].x);
         key[4 * g + 1] = key_of(x[g].y);
         key[4 * g + 2] = key_of(x[g].z);
@@ -892,11 +892,11 @@ template <class Z> static __device__ __noinline__ void feed_short(void) {
         return;
     }
 #pragma unroll
-    for (int i = 0; i < GROUPS * 4; i++)
+    for (uint32_t i = 0; i < GROUPS * 4; i++)
         take += key[i] <= edge;
     uint64_t *to = s->list + reserve(s, take);
 #pragma unroll
-    for (int i = 0; i < GROUPS * 4; i++)
+    for (uint32_t i = 0; i < GROUPS * 4; i++)
         if (key[i] <= edge)
             *to++ = pair(key[i], 4 * (i / 4 * Z::THREADS + threadIdx.x) + i % 4);
     __syncthreads();
@@ -910,12 +910,12 @@ template <class Z> static __device__ __noinline__ void feed_short(void) {
 template <class Z>
 static __device__ __forceinline__ void load_sample(uint32_t *key, const float *score, uint32_t n,
                                                    uint32_t round, uint32_t doublings) {
-    const int EACH = SAMPLE / Z::THREADS;
+    const uint32_t EACH = SAMPLE / Z::THREADS;
     const int log_threads = Z::THREADS == 512 ? 9 : 10;
     uint32_t which = (round * Z::THREADS + threadIdx.x) << (32 - log_threads - doublings);
     const float *from = score + (uint64_t)__umulhi(which, n / EACH) * EACH;
 #pragma unroll
-    for (int j = 0; j < EACH; j += 4) {
+    for (uint32_t j = 0; j < EACH; j += 4) {
         float4 x = *(const float4 *)(from + j);
         key[j] = key_of(x.x);
         key[j + 1] = key_of(x.y);
@@ -930,7 +930,7 @@ static __device__ __forceinline__ void load_sample(uint32_t *key, const float *s
 template <class Z>
 static __device__ __forceinline__ uint32_t sampled_edge(struct shared<Z> *s, const float *score,
                                                         uint32_t n, uint32_t top_k) {
-    const int EACH = SAMPLE / Z::THREADS;
+    const uint32_t EACH = SAMPLE / Z::THREADS;
     uint32_t doublings = 0;
     while (doublings < 14 && n >> doublings > SAMPLE_REACH)
         doublings++;
@@ -939,7 +939,7 @@ static __device__ __forceinline__ uint32_t sampled_edge(struct shared<Z> *s, con
     for (uint32_t r = 0; r < rounds; r++) {
         load_sample<Z>(key, score, n, r, doublings);
 #pragma unroll
-        for (int j = 0; j < EACH; j++)
+        for (uint32_t j = 0; j < EACH; j++)
             atomicAdd(&s->hist[key[j] >> 21], 1u);
     }
     float mean = __fdividef((float)top_k * SAMPLE * (float)rounds, (float)n);
@@ -956,7 +956,7 @@ static __device__ __forceinline__ uint32_t sampled_edge(struct shared<Z> *s, con
         if (r + 1 < rounds) /* the last round is still there */
             load_sample<Z>(key, score, n, r, doublings);
 #pragma unroll
-        for (int j = 0; j < EACH; j++)
+        for (uint32_t j = 0; j < EACH; j++)
             if (key[j] >> 21 == bin)
                 atomicAdd(&s->hist[key[j] >> 10 & 2047], 1u);
     }
