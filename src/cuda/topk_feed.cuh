@@ -1,0 +1,419 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Finds the candidates of a row and puts them in the list: from registers, from a stream with a
+ * sampled threshold, or exactly, whatever the data.
+ */
+#ifndef LIDX_TOPK_FEED_CUH
+#define LIDX_TOPK_FEED_CUH
+
+#include "topk_order.cuh"
+
+enum { SAMPLE = 4096, SAMPLE_REACH = 131072 }; /* scores of a row sampled, per so many keys */
+enum { WIDE_BIN = 512 }; /* a last bin of more candidates is measured between its own ends */
+static const uint32_t KEEP_ALL = 0xFFFFFFFFu;
+
+/* ---- exact selection ------------------------------------------------------------------------- */
+
+/* What to collect: all keys better than `edge`, and of those equal to it the first `keep`. */
+struct cut {
+    uint32_t edge;
+    uint32_t keep; /* KEEP_ALL: they may all come, in any order */
+};
+
+/* Collects from four neighbouring keys of each thread. Ties that are counted go in their order to
+ * the far end of the list, where they need no further sorting. All threads take part; `seen` and
+ * `turn` are the same in all. */
+template <class Z>
+static __device__ __forceinline__ void collect4(struct shared<Z> *s, const uint32_t *key,
+                                                uint32_t position, struct cut cut, uint32_t *seen,
+                                                uint32_t *turn) {
+    uint32_t all = cut.keep == KEEP_ALL ? cut.edge + 1 : cut.edge, take = 0, equal = 0, total;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        take += key[j] < all;
+        equal += key[j] == cut.edge;
+    }
+    uint32_t at = reserve(s, take), room = cut.keep == KEEP_ALL ? Z::LIST : Z::LIST - cut.keep;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        if (key[j] < all && at < room)
+            s->list[at] = pair(key[j], position + j);
+        at += key[j] < all;
+    }
+    if (cut.keep == KEEP_ALL || *seen >= cut.keep)
+        return;
+    uint32_t tie = *seen + block_before(s, equal, (int)*turn, &total);
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        if (key[j] == cut.edge && tie < cut.keep)
+            s->list[Z::LIST - 1 - tie] = pair(key[j], position + j);
+        tie += key[j] == cut.edge;
+    }
+    *seen += total;
+    *turn ^= 1;
+}
+
+template <class Z>
+static __device__ __forceinline__ void end_collect(struct shared<Z> *s, struct cut cut,
+                                                   uint32_t seen) {
+    if (threadIdx.x == 0)
+        s->n_tied = cut.keep == KEEP_ALL ? 0 : min(seen, cut.keep);
+    __syncthreads();
+}
+
+/* Collects from the row in memory into an empty list. */
+template <class Z> static __device__ __noinline__ void collect(uint32_t edge, uint32_t keep) {
+    struct shared<Z> *s = shared_memory<Z>();
+    struct cut cut = {edge, keep};
+    const float *score = s->row.score;
+    uint32_t n = s->row.n, seen = 0, turn = 0;
+    __syncthreads();
+    if (threadIdx.x == 0)
+        s->n_list = 0;
+    __syncthreads();
+    for (uint32_t begin = 0; begin < n; begin += 4 * Z::THREADS) {
+        uint32_t i = begin + 4 * threadIdx.x;
+        float4 x = load4(score, i, n);
+        uint32_t key[4] = {key_of(x.x), key_of(x.y), key_of(x.z), key_of(x.w)};
+        collect4(s, key, i, cut, &seen, &turn);
+    }
+    end_collect(s, cut, seen);
+}
+
+/* Counts the digit at `shift` of those keys whose earlier digits are `prefix`. */
+template <class Z>
+static __device__ __forceinline__ void count_digit(struct shared<Z> *s, uint32_t key,
+                                                   uint32_t prefix, int shift) {
+    if (shift == 21)
+        atomicAdd(&s->hist[key >> 21], 1u);
+    else if (shift == 10 && key >> 21 == prefix)
+        atomicAdd(&s->hist[key >> 10 & 2047], 1u);
+    else if (shift == 0 && key >> 10 == prefix)
+        atomicAdd(&s->hist[key & 1023], 1u);
+}
+
+template <class Z> static __device__ __noinline__ void count_row(int shift) {
+    struct shared<Z> *s = shared_memory<Z>();
+    const float *score = s->row.score;
+    uint32_t n = s->row.n, prefix = s->prefix;
+    for (uint32_t begin = threadIdx.x / LANES * 512; begin < n; begin += 16 * Z::THREADS) {
+        float4 x[4];
+        load16(x, score, begin, n);
+#pragma unroll
+        for (int g = 0; g < 4; g++) {
+            count_digit(s, key_of(x[g].x), prefix, shift);
+            count_digit(s, key_of(x[g].y), prefix, shift);
+            count_digit(s, key_of(x[g].z), prefix, shift);
+            count_digit(s, key_of(x[g].w), prefix, shift);
+        }
+    }
+    __syncthreads();
+}
+
+/* Leaves in the list the top_k best, or all if there are fewer, whatever the data: digits of 11,
+ * 11 and 10 bits until the candidates fit, then one pass that collects. `known` says that the first
+ * digit has been counted and scanned: the wanted rank is in s->bin. */
+template <class Z> static __device__ __noinline__ void exact_select(int known) {
+    struct shared<Z> *s = shared_memory<Z>();
+    int shift = 21;
+    __syncthreads();
+    if (threadIdx.x == 0)
+        s->prefix = s->better = 0;
+    for (;;) {
+        if (!known) {
+            zero<Z, BINS>(s->hist);
+            __syncthreads();
+            count_row<Z>(shift);
+            scan_hist(s, s->row.top_k - s->better, shift == 21);
+        }
+        known = 0;
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            s->prefix = s->prefix << (shift ? 11 : 10) | s->bin;
+            s->better += s->before;
+        }
+        __syncthreads();
+        if (s->total == 0) { /* all are masked */
+            if (threadIdx.x == 0)
+                s->n_list = s->n_tied = 0;
+            __syncthreads();
+            return;
+        }
+        if (shift == 0 || s->better + s->count <= Z::LIST)
+            break;
+        shift = shift == 21 ? 10 : 0;
+    }
+    uint32_t edge = s->prefix << shift | ((1u << shift) - 1);
+    collect<Z>(edge, s->better + s->count <= Z::LIST ? KEEP_ALL : s->row.top_k - s->better);
+    table_from_list<Z>(edge);
+}
+
+/* Where a threshold let more pass than the list holds, equal scores are the usual cause. If most
+ * of the listed (raw) items equal the worst of them, one pass takes all that are better and the
+ * first top_k of the equals. Returns 0, with the list lost, if it was not so. */
+template <class Z> static __device__ __noinline__ int plateau_select(void) {
+    struct shared<Z> *s = shared_memory<Z>();
+    uint32_t top_k = s->row.top_k;
+    const uint32_t listed = Z::LIST - 512; /* what lies beyond may not have been written */
+    if (2 * top_k > Z::LIST)
+        return 0;
+    uint32_t worst = 0, equal = 0, total;
+    for (uint32_t j = threadIdx.x; j < listed; j += Z::THREADS)
+        worst = max(worst, key_of(__uint_as_float((uint32_t)(s->list[j] >> 32))));
+    worst = __reduce_max_sync(ALL_LANES, worst);
+    __syncthreads();
+    if (threadIdx.x == 0)
+        s->last_high = 0;
+    __syncthreads();
+    if (lane_id() == 0)
+        atomicMax(&s->last_high, worst);
+    __syncthreads();
+    worst = s->last_high;
+    for (uint32_t j = threadIdx.x; j < listed; j += Z::THREADS)
+        equal += key_of(__uint_as_float((uint32_t)(s->list[j] >> 32))) == worst;
+    block_before(s, equal, 0, &total);
+    if (2 * total < listed)
+        return 0;
+    collect<Z>(worst, top_k);
+    uint32_t n_list = s->n_list;
+    if (n_list > Z::LIST - top_k || n_list + s->n_tied < top_k)
+        return 0;
+    table_from_list<Z>(worst);
+    return 1;
+}
+
+/* ---- short rows ------------------------------------------------------------------------------ */
+
+/* The smallest and the largest key of this thread, over the block. */
+template <class Z>
+static __device__ __forceinline__ void block_ends(struct shared<Z> *s, uint32_t best,
+                                                  uint32_t worst) {
+    best = __reduce_min_sync(ALL_LANES, best);
+    worst = __reduce_max_sync(ALL_LANES, worst);
+    if (lane_id() == 0) {
+        atomicMin(&s->last_low, best);
+        atomicMax(&s->last_high, worst);
+    }
+    __syncthreads();
+}
+
+/* Finds the ends of the threshold's bin from the list. */
+template <class Z> static __device__ __noinline__ void measure_last_bin(void) {
+    struct shared<Z> *s = shared_memory<Z>();
+    uint32_t bin = s->bin, best = KEY_MASKED, worst = 0;
+    for (uint32_t j = threadIdx.x; j < s->n_list; j += Z::THREADS) {
+        uint32_t key = s->list[j] >> 32;
+        if (key >> 21 == bin) {
+            best = min(best, key);
+            worst = max(worst, key);
+        }
+    }
+    block_ends(s, best, worst);
+}
+
+/* Where the candidates of the first digit do not fit the list: equal scores are the usual cause.
+ * Reads the row again, because keys kept for this in registers would spill. */
+template <class Z> static __device__ __noinline__ void narrow_short(void) {
+    struct shared<Z> *s = shared_memory<Z>();
+    uint32_t bin = s->bin, best = KEY_MASKED, worst = 0, n = s->row.n;
+    for (uint32_t i = 4 * threadIdx.x; i < n; i += 4 * Z::THREADS) {
+        float4 x = load4(s->row.score, i, n);
+        uint32_t key[4] = {key_of(x.x), key_of(x.y), key_of(x.z), key_of(x.w)};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (key[j] >> 21 == bin) {
+                best = min(best, key[j]);
+                worst = max(worst, key[j]);
+            }
+        }
+    }
+    __syncwarp();
+    block_ends(s, best, worst);
+    if (s->last_low < s->last_high) {
+        exact_select<Z>(1);
+        return;
+    }
+    collect<Z>(s->last_low, s->row.top_k - s->before); /* the table of the bins before is right */
+    if (threadIdx.x == 0)
+        s->last_high = 0;
+    __syncthreads();
+}
+
+/* The row in registers: histogram, threshold bin, and all candidates of it and the bins before. */
+template <class Z> static __device__ __noinline__ void feed_short(void) {
+    struct shared<Z> *s = shared_memory<Z>();
+    const float *score = s->row.score;
+    uint32_t n = s->row.n, top_k = s->row.top_k;
+    const uint32_t GROUPS = SHORT / 4 / Z::THREADS;
+    float4 x[GROUPS];
+    uint32_t key[GROUPS * 4];
+#pragma unroll
+    for (uint32_t g = 0; g < GROUPS; g++) {
+        uint32_t i = 4 * (g * Z::THREADS + threadIdx.x);
+        x[g] = 4 * (g + 1) * Z::THREADS <= n ? *(const float4 *)(score + i)
+                                             : load4(score, i, n);
+    }
+#pragma unroll
+    for (uint32_t g = 0; g < GROUPS; g++) {
+        key[4 * g] = key_of(x[g].x);
+        key[4 * g + 1] = key_of(x[g].y);
+        key[4 * g + 2] = key_of(x[g].z);
+        key[4 * g + 3] = key_of(x[g].w);
+        if (4 * g * Z::THREADS < n) {
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                atomicAdd(&s->hist[key[4 * g + i] >> 21], 1u);
+        }
+    }
+    __syncthreads();
+    scan_hist(s, top_k, 1);
+    if (s->total == 0)
+        return;
+    uint32_t bin = s->bin, before = s->before, count = s->count;
+    uint32_t edge = bin << 21 | 0x1FFFFFu, take = 0;
+    if (before + count > Z::LIST) {
+        narrow_short<Z>();
+        return;
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < GROUPS * 4; i++)
+        take += key[i] <= edge;
+    uint64_t *to = s->list + reserve(s, take);
+#pragma unroll
+    for (uint32_t i = 0; i < GROUPS * 4; i++)
+        if (key[i] <= edge)
+            *to++ = pair(key[i], 4 * (i / 4 * Z::THREADS + threadIdx.x) + i % 4);
+    __syncthreads();
+    if (count > WIDE_BIN)
+        measure_last_bin<Z>();
+}
+
+/* ---- long rows ------------------------------------------------------------------------------- */
+
+/* This thread's part of a round of the sample: neighbouring scores, so that a sector serves. */
+template <class Z>
+static __device__ __forceinline__ void load_sample(uint32_t *key, const float *score, uint32_t n,
+                                                   uint32_t round, uint32_t doublings) {
+    const uint32_t EACH = SAMPLE / Z::THREADS;
+    const int log_threads = Z::THREADS == 512 ? 9 : 10;
+    uint32_t which = (round * Z::THREADS + threadIdx.x) << (32 - log_threads - doublings);
+    const float *from = score + (uint64_t)__umulhi(which, n / EACH) * EACH;
+#pragma unroll
+    for (uint32_t j = 0; j < EACH; j += 4) {
+        float4 x = *(const float4 *)(from + j);
+        key[j] = key_of(x.x);
+        key[j + 1] = key_of(x.y);
+        key[j + 2] = key_of(x.z);
+        key[j + 3] = key_of(x.w);
+    }
+}
+
+/* A key that, by a sample spread over the row, about the top_k best and a margin reach. The margin
+ * is 3.3 standard deviations of the sample's count. KEY_MASKED: the sample gives no number to
+ * compare with, or more than the list would reach it. */
+template <class Z>
+static __device__ __forceinline__ uint32_t sampled_edge(struct shared<Z> *s, const float *score,
+                                                        uint32_t n, uint32_t top_k) {
+    const uint32_t EACH = SAMPLE / Z::THREADS;
+    uint32_t doublings = 0;
+    while (doublings < 14 && n >> doublings > SAMPLE_REACH)
+        doublings++;
+    uint32_t rounds = 1u << doublings;
+    uint32_t key[EACH];
+    for (uint32_t r = 0; r < rounds; r++) {
+        load_sample<Z>(key, score, n, r, doublings);
+#pragma unroll
+        for (uint32_t j = 0; j < EACH; j++)
+            atomicAdd(&s->hist[key[j] >> 21], 1u);
+    }
+    float mean = __fdividef((float)top_k * SAMPLE * (float)rounds, (float)n);
+    uint32_t rank = (uint32_t)(mean + 3.3f * mean * rsqrtf(mean) + 4.0f);
+    __syncthreads();
+    scan_hist(s, rank, 1);
+    uint32_t bin = s->bin, rest = rank - s->before;
+    if (s->total < rank || (float)rank * (float)n > 0.97f * Z::LIST * SAMPLE * (float)rounds)
+        return KEY_MASKED;
+    __syncthreads();
+    zero<Z, BINS>(s->hist);
+    __syncthreads();
+    for (uint32_t r = rounds; r-- > 0;) {
+        if (r + 1 < rounds) /* the last round is still there */
+            load_sample<Z>(key, score, n, r, doublings);
+#pragma unroll
+        for (uint32_t j = 0; j < EACH; j++)
+            if (key[j] >> 21 == bin)
+                atomicAdd(&s->hist[key[j] >> 10 & 2047], 1u);
+    }
+    __syncthreads();
+    scan_hist(s, rest, 0);
+    uint32_t edge = bin << 21 | s->bin << 10 | 1023;
+    return edge < 0xFF800000u ? edge : KEY_MASKED;
+}
+
+/* Bit j: score j reaches the threshold. NaN, and so a masked key, never does. */
+static __device__ __forceinline__ uint32_t reach(float4 x, float threshold) {
+    return (x.x >= threshold) | (x.y >= threshold) << 1 | (x.z >= threshold) << 2 |
+           (x.w >= threshold) << 3;
+}
+
+static __device__ __forceinline__ void append(uint64_t *list, uint32_t *at, uint32_t mask,
+                                              float x, uint32_t position) {
+    if (mask)
+        list[(*at)++] = pair(__float_as_uint(x), position);
+}
+
+/* Sixteen scores a thread, neighbouring warps on neighbouring KiB: what reaches the threshold goes
+ * to the list as raw scores. A list that is full loses them, but the count goes on. */
+template <class Z>
+static __device__ __forceinline__ void stream(struct shared<Z> *s, const float *score, uint32_t n,
+                                              float threshold) {
+    for (uint32_t begin = threadIdx.x / LANES * 512; begin < n; begin += 16 * Z::THREADS) {
+        float4 x[4];
+        uint32_t first = begin + 4 * lane_id(), mask = 0;
+        load16(x, score, begin, n);
+#pragma unroll
+        for (int g = 0; g < 4; g++)
+            mask |= reach(x[g], threshold) << 4 * g;
+        uint32_t at = reserve(s, __popc(mask));
+        if (__any_sync(ALL_LANES, at + __popc(mask) > Z::LIST))
+            continue;
+#pragma unroll
+        for (int g = 0; g < 4; g++) {
+            append(s->list, &at, mask & 1u << 4 * g, x[g].x, first + 128 * g);
+            append(s->list, &at, mask & 2u << 4 * g, x[g].y, first + 128 * g + 1);
+            append(s->list, &at, mask & 4u << 4 * g, x[g].z, first + 128 * g + 2);
+            append(s->list, &at, mask & 8u << 4 * g, x[g].w, first + 128 * g + 3);
+        }
+    }
+    __syncthreads();
+}
+
+/* Raw scores in the list become keys. */
+template <class Z>
+static __device__ __forceinline__ void make_keys(struct shared<Z> *s, uint32_t n_list) {
+    for (uint32_t j = threadIdx.x; j < n_list; j += Z::THREADS) {
+        uint64_t item = s->list[j];
+        s->list[j] = pair(key_of(__uint_as_float((uint32_t)(item >> 32))), (uint32_t)item);
+    }
+}
+
+template <class Z> static __device__ __noinline__ void feed_long(void) {
+    struct shared<Z> *s = shared_memory<Z>();
+    const float *score = s->row.score;
+    uint32_t n = s->row.n, top_k = s->row.top_k;
+    uint32_t edge = sampled_edge(s, score, n, top_k);
+    if (edge != KEY_MASKED) {
+        stream(s, score, n, score_of(edge));
+        uint32_t n_list = s->n_list;
+        if (n_list >= top_k && n_list <= Z::LIST) {
+            make_keys(s, n_list);
+            table_from_list<Z>(edge);
+            return;
+        }
+        if (n_list > Z::LIST && plateau_select<Z>())
+            return;
+    }
+    exact_select<Z>(0);
+}
+
+#endif
