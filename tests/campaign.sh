@@ -1,0 +1,226 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
+#
+# campaign.sh quick|long [STAGE...]: the tests that need builds of their own. What each promises:
+#
+#   asan         the whole C suite under AddressSanitizer, LeakSanitizer and UBSan (clang): no read
+#                or write outside of a buffer, no leak, no undefined behaviour
+#   fuzz         libFuzzer on lidx_run (every kernel against the oracle and with three threads) and
+#                on the safetensors reader, both under the same sanitizers, from small corpora
+#   tsan         the threaded paths under ThreadSanitizer. LLVM's OpenMP runtime tells TSan through
+#                its Archer tool what its barriers and forks order, so nothing is suppressed
+#   valgrind     a subset under memcheck: no value that was never written decides anything
+#   coverage     lines of src/ that the C suite runs, at least 95 %
+#   reproduce    two builds in different places give the same bytes
+#   cases        50,000 random cases of the operator against the oracle and itself (long only)
+#
+# quick takes about eight minutes on two cores (fuzzing: 60 s each), long about two hours (600 s
+# each). Logs stay in build-campaign/. What cannot be run for want of a tool is said and counted,
+# and with CI=true it is a failure. CAMPAIGN_DIR names another place for the builds.
+set -u
+cd "$(dirname "$0")/.."
+root=$(pwd) form=${1:-quick} jobs=$(nproc 2>/dev/null || echo 2)
+work=${CAMPAIGN_DIR:-$root/build-campaign}
+[ $# -gt 0 ] && shift
+case $form in
+quick) asan_cases=250 tsan_cases=60 valgrind_cases=6 coverage_cases=250 fuzz_seconds=60 ;;
+long) asan_cases=5000 tsan_cases=3000 valgrind_cases=150 coverage_cases=2000 fuzz_seconds=600 ;;
+*)
+    echo "usage: campaign.sh quick|long [STAGE...]" >&2
+    exit 2
+    ;;
+esac
+cases=50000
+stages=${*:-asan fuzz tsan valgrind coverage reproduce $([ "$form" = long ] && echo cases)}
+mkdir -p "$work"
+passed=0 failed=0 skipped=0
+export OMP_WAIT_POLICY=passive
+
+# step NAME COMMAND...: runs it with a log, says how it went.
+step() {
+    name=$1
+    shift
+    began=$(date +%s)
+    if "$@" >"$work/$name.log" 2>&1; then
+        passed=$((passed + 1))
+        printf 'passed  %-12s %4d s\n' "$name" $(($(date +%s) - began))
+    else
+        failed=$((failed + 1))
+        printf 'FAILED  %-12s %4d s, %s\n' "$name" $(($(date +%s) - began)) "$work/$name.log"
+        tail -n 40 "$work/$name.log"
+    fi
+}
+
+# need STAGE TOOL PACKAGES...: whether the tool is there, after an attempt to install it.
+need() {
+    stage=$1 tool=$2
+    shift 2
+    command -v "$tool" >/dev/null || sh scripts/setup.sh "$@" >/dev/null 2>&1 || true
+    command -v "$tool" >/dev/null && return 0
+    skip "$stage" "$tool is missing ($*)"
+    return 1
+}
+
+skip() {
+    if [ "${CI:-}" = true ]; then
+        failed=$((failed + 1))
+        printf 'FAILED  %-12s %s\n' "$1" "$2"
+    else
+        skipped=$((skipped + 1))
+        printf 'skipped %-12s %s\n' "$1" "$2"
+    fi
+}
+
+# Whether clang can build with what it is asked for.
+clang_can() {
+    echo 'int main(void) { return 0; }' | clang -x c - -o "$work/probe" "$@" 2>/dev/null
+}
+
+# The runtimes of clang's sanitizers are a package of their own, with clang's version in its name.
+clang_runtime() {
+    clang_can -fsanitize=address && return 0
+    version=$(clang -dumpversion | cut -d. -f1)
+    sh scripts/setup.sh "libclang-rt-$version-dev" >/dev/null 2>&1
+    clang_can -fsanitize=address
+}
+
+build() { # DIRECTORY CMAKE-ARGUMENTS...
+    directory=$1
+    shift
+    cmake -S "$root" -B "$directory" -DLIDX_CUDA=OFF -DLIDX_WERROR=ON "$@" &&
+        cmake --build "$directory" -j "$jobs"
+}
+
+build_library() { # SOURCE DIRECTORY
+    cmake -S "$1" -B "$2" -DCMAKE_BUILD_TYPE=Release -DLIDX_CUDA=OFF -DLIDX_TOOLS=OFF \
+        -DLIDX_TESTS=OFF && cmake --build "$2" -j "$jobs"
+}
+
+sanitized='-g -O1 -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize='
+
+build_asan() {
+    build "$work/asan" -DCMAKE_BUILD_TYPE=Debug -DCMAKE_C_COMPILER=clang -DLIDX_FUZZ=ON \
+        "-DCMAKE_C_FLAGS=${sanitized}address,undefined,fuzzer-no-link"
+}
+
+run_asan() {
+    build_asan && LIDX_TEST_CASES=$asan_cases ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 \
+        ctest --test-dir "$work/asan" --output-on-failure
+}
+
+# fuzz TARGET CORPUS LENGTH: new inputs go to the work directory, the corpus is read only. A run
+# that takes 30 s or 2 GiB is a finding too.
+run_fuzz() {
+    mkdir -p "$work/corpus_$1"
+    "$work/asan/tests/fuzz/fuzz_$1" "$work/corpus_$1" "tests/fuzz/corpus_$1" -max_len="$2" \
+        -max_total_time="$fuzz_seconds" -timeout=30 -rss_limit_mb=2048 -print_final_stats=1 \
+        -artifact_prefix="$work/finding_$1_"
+}
+
+stage_asan() {
+    need asan clang clang && need asan cmake cmake || return
+    clang_runtime || { skip asan 'clang has no sanitizer runtime'; return; }
+    step asan run_asan
+}
+
+stage_fuzz() {
+    need fuzz clang clang || return
+    clang_runtime || { skip fuzz 'clang has no sanitizer runtime'; return; }
+    step fuzz_build build_asan
+    run_fuzz run 400 >"$work/fuzz_run.background" 2>&1 &
+    process=$!
+    if [ -x "$work/asan/tests/fuzz/fuzz_safetensors" ]; then
+        step fuzz_safetensors run_fuzz safetensors 600
+    else
+        skip fuzz_safetensors 'no cJSON (libcjson-dev)'
+    fi
+    step fuzz_run wait $process
+    mv "$work/fuzz_run.background" "$work/fuzz_run.log"
+    grep -hE 'ERROR|SUMMARY|fuzz_run:|runtime error' "$work/fuzz_run.log"
+    grep -h 'number_of_executed_units' "$work/fuzz_run.log" "$work/fuzz_safetensors.log" |
+        awk '{n += $2} END {print "        inputs tried:", n}'
+}
+
+archer() {
+    find /usr/lib/llvm-*/lib "$(clang -print-resource-dir)/../../.." -name libarcher.so 2>/dev/null |
+        head -n 1
+}
+
+run_tsan() {
+    build "$work/tsan" -DCMAKE_BUILD_TYPE=Debug -DCMAKE_C_COMPILER=clang -DLIDX_TOOLS=OFF \
+        "-DCMAKE_C_FLAGS=${sanitized}thread" || return
+    # Races that TSan sees only in the runtime's own code are the runtime's: Archer says what it
+    # orders. Races in our code are reported wherever the other access is.
+    OMP_TOOL_LIBRARIES=$(archer) TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
+        "$work/tsan/tests/test_operator" --cases "$tsan_cases"
+}
+
+stage_tsan() {
+    need tsan clang clang || return
+    clang_runtime || { skip tsan 'clang has no sanitizer runtime'; return; }
+    [ -n "$(archer)" ] || sh scripts/setup.sh libomp-dev >/dev/null 2>&1
+    [ -n "$(archer)" ] || { skip tsan 'no libarcher.so (libomp-dev)'; return; }
+    step tsan run_tsan
+}
+
+run_valgrind() {
+    build "$work/plain" -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS=-g || return
+    for test in "test_operator --cases $valgrind_cases" test_arguments; do
+        # shellcheck disable=SC2086 # a program and its arguments
+        valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite \
+            "$work/plain/tests/"$test || return
+    done
+}
+
+stage_valgrind() {
+    need valgrind valgrind valgrind || return
+    step valgrind run_valgrind
+}
+
+run_coverage() {
+    rm -rf "$work/coverage"
+    build "$work/coverage" -DCMAKE_BUILD_TYPE=Debug -DLIDX_COVERAGE=ON -DLIDX_TOOLS=OFF || return
+    LIDX_TEST_CASES=$coverage_cases ctest --test-dir "$work/coverage" --output-on-failure || return
+    kernels=$("$work/coverage/tests/test_operator" --cases 1 | sed -n 's/^kernels: //p' | tr -d ,)
+    set --
+    for kernel in amx avx512_bf16 avx512 avx2 neon; do
+        case " $kernels " in *" $kernel "*) ;; *) set -- "$@" --skip "$kernel" ;; esac
+    done
+    python3 tests/coverage.py "$work/coverage" "$root" --least 95 "$@"
+}
+
+stage_coverage() {
+    need coverage gcov gcc && need coverage python3 python3 || return
+    step coverage run_coverage
+    sed -n 's/^line coverage/        &/p' "$work/coverage.log"
+}
+
+run_reproduce() {
+    rm -rf "$work/first" "$work/second" "$work/another place"
+    mkdir -p "$work/another place"
+    cp -R CMakeLists.txt cmake include src "$work/another place/" || return
+    build_library "$root" "$work/first" && build_library "$work/another place" "$work/second" &&
+        cmp "$work/first/liblightning_indexer.so" "$work/second/liblightning_indexer.so"
+}
+
+stage_reproduce() {
+    need reproduce cmake cmake || return
+    step reproduce run_reproduce
+}
+
+run_cases() {
+    build "$work/plain" -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS=-g &&
+        "$work/plain/tests/test_operator" --cases "$cases"
+}
+
+stage_cases() {
+    need cases cmake cmake || return
+    step cases run_cases
+    tail -n 2 "$work/cases.log"
+}
+
+for stage in $stages; do
+    "stage_$stage"
+done
+printf '%d passed, %d failed, %d skipped\n' "$passed" "$failed" "$skipped"
+[ "$failed" = 0 ]
