@@ -14,70 +14,62 @@ static const uint32_t KEEP_ALL = 0xFFFFFFFFu;
 
 /* ---- exact selection ------------------------------------------------------------------------- */
 
-/* What to collect: all keys better than `edge`, and of those equal to it the first `keep`. */
-struct cut {
-    uint32_t edge;
-    uint32_t keep; /* KEEP_ALL: they may all come, in any order */
-};
-
-/* Collects from four neighbouring keys of each thread. Ties that are counted go in their order to
- * the far end of the list, where they need no further sorting. All threads take part; `seen` and
- * `turn` are the same in all. */
-template <class Z>
-static __device__ __forceinline__ void collect4(struct shared<Z> *s, const uint32_t *key,
-                                                uint32_t position, struct cut cut, uint32_t *seen,
-                                                uint32_t *turn) {
-    uint32_t all = cut.keep == KEEP_ALL ? cut.edge + 1 : cut.edge, take = 0, equal = 0, total;
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        take += key[j] < all;
-        equal += key[j] == cut.edge;
-    }
-    uint32_t at = reserve(s, take), room = cut.keep == KEEP_ALL ? Z::LIST : Z::LIST - cut.keep;
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        if (key[j] < all && at < room)
-            s->list[at] = pair(key[j], position + j);
-        at += key[j] < all;
-    }
-    if (cut.keep == KEEP_ALL || *seen >= cut.keep)
-        return;
-    uint32_t tie = *seen + block_before(s, equal, (int)*turn, &total);
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        if (key[j] == cut.edge && tie < cut.keep)
-            s->list[Z::LIST - 1 - tie] = pair(key[j], position + j);
-        tie += key[j] == cut.edge;
-    }
-    *seen += total;
-    *turn ^= 1;
-}
-
-template <class Z>
-static __device__ __forceinline__ void end_collect(struct shared<Z> *s, struct cut cut,
-                                                   uint32_t seen) {
-    if (threadIdx.x == 0)
-        s->n_tied = cut.keep == KEEP_ALL ? 0 : min(seen, cut.keep);
-    __syncthreads();
-}
-
-/* Collects from the row in memory into an empty list. */
+/* Collects from the row into an empty list: all keys better than `edge`, and of those equal to it
+ * the first `keep`. These go in their order to the far end of the list, where they need no
+ * further sorting. KEEP_ALL: the equal ones may all come, as the others do. */
 template <class Z> static __device__ __noinline__ void collect(uint32_t edge, uint32_t keep) {
     struct shared<Z> *s = shared_memory<Z>();
-    struct cut cut = {edge, keep};
+    /* Neighbouring keys of a thread in a step, so that one sum serves; as many as do not spill. */
+    const uint32_t SPAN = Z::THREADS == 512 ? 8 : 16;
+    const uint32_t limit = keep == KEEP_ALL ? edge + 1 : edge;
+    const uint32_t room = keep == KEEP_ALL ? Z::LIST : Z::LIST - keep;
     const float *score = s->row.score;
     uint32_t n = s->row.n, seen = 0, turn = 0;
     __syncthreads();
     if (threadIdx.x == 0)
         s->n_list = 0;
     __syncthreads();
-    for (uint32_t begin = 0; begin < n; begin += 4 * Z::THREADS) {
-        uint32_t i = begin + 4 * threadIdx.x;
-        float4 x = load4(score, i, n);
-        uint32_t key[4] = {key_of(x.x), key_of(x.y), key_of(x.z), key_of(x.w)};
-        collect4(s, key, i, cut, &seen, &turn);
+    for (uint32_t begin = 0; begin < n; begin += SPAN * Z::THREADS) {
+        uint32_t first = begin + SPAN * threadIdx.x, key[SPAN], take = 0, equal = 0, total;
+#pragma unroll
+        for (uint32_t j = 0; j < SPAN; j += 4) {
+            float4 x = load4(score, first + j, n);
+            key[j] = key_of(x.x);
+            key[j + 1] = key_of(x.y);
+            key[j + 2] = key_of(x.z);
+            key[j + 3] = key_of(x.w);
+        }
+#pragma unroll
+        for (uint32_t j = 0; j < SPAN; j++) {
+            take += key[j] < limit;
+            equal += key[j] == edge;
+        }
+        if (__any_sync(ALL_LANES, take)) {
+            uint32_t at = reserve(s, take);
+#pragma unroll
+            for (uint32_t j = 0; j < SPAN; j++) {
+                if (key[j] < limit && at < room)
+                    s->list[at] = pair(key[j], first + j);
+                at += key[j] < limit;
+            }
+        }
+        if (keep == KEEP_ALL || seen >= keep)
+            continue;
+        uint32_t tie = seen + block_before(s, equal, (int)turn, &total);
+        if (equal && tie < keep) {
+#pragma unroll
+            for (uint32_t j = 0; j < SPAN; j++) {
+                if (key[j] == edge && tie < keep)
+                    s->list[Z::LIST - 1 - tie] = pair(key[j], first + j);
+                tie += key[j] == edge;
+            }
+        }
+        seen += total;
+        turn ^= 1;
     }
-    end_collect(s, cut, seen);
+    if (threadIdx.x == 0)
+        s->n_tied = keep == KEEP_ALL ? 0 : min(seen, keep);
+    __syncthreads();
 }
 
 /* Counts the digit at `shift` of those keys whose earlier digits are `prefix`. */
