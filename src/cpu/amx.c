@@ -47,9 +47,10 @@ enum {
     LANES = 16,       /* heads of a tile, and its rows */
     STEP_DIMS = 32,   /* dimensions of one tile instruction */
     TILE_BYTES = 1024,
-    NEAR_BLOCKS = 2,  /* how far ahead of the block in work lines are fetched into L1 ... */
+    NEAR_BLOCKS = 1,  /* how far ahead of the block in work lines are fetched into L1 ... */
     FAR_BLOCKS = 24,  /* ... and into L2 */
-    FLAG_RING = 4,    /* key blocks between conversion and score, rounded up to a power of 2 */
+    FLAG_RING = 4,    /* key blocks from the split of keys to their score, a power of 2 */
+    SPLIT_BYTES = KEY_BLOCK * MAX_HEAD_DIM * 4, /* both parts of a block of fp16 keys */
 };
 
 /* What TDPBF16PS multiplies: 2 bf16 numbers in a lane. */
@@ -265,30 +266,38 @@ INLINE void multiply(int c, int step) {
     }
 }
 
-/* The four products of parts: high x high, high x low, low x high, low x low. */
-INLINE void multiply_parts(int c, int step) {
-    switch (c * 2 + step % 2) {
+/* The products of the high parts of keys with both parts of the query, or of the low ones. */
+INLINE void multiply_parts(int c, int step, int low) {
+    switch (c * 4 + step % 2 * 2 + low) {
     case 0:
         _tile_dpbf16ps(0, 2, 6);
         _tile_dpbf16ps(0, 2, 7);
+        break;
+    case 1:
         _tile_dpbf16ps(0, 3, 6);
         _tile_dpbf16ps(0, 3, 7);
         break;
-    case 1:
+    case 2:
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(0, 4, 7);
+        break;
+    case 3:
         _tile_dpbf16ps(0, 5, 6);
         _tile_dpbf16ps(0, 5, 7);
         break;
-    case 2:
+    case 4:
         _tile_dpbf16ps(1, 2, 6);
         _tile_dpbf16ps(1, 2, 7);
+        break;
+    case 5:
         _tile_dpbf16ps(1, 3, 6);
         _tile_dpbf16ps(1, 3, 7);
         break;
-    default:
+    case 6:
         _tile_dpbf16ps(1, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
+        break;
+    default:
         _tile_dpbf16ps(1, 5, 6);
         _tile_dpbf16ps(1, 5, 7);
     }
@@ -352,29 +361,23 @@ INLINE void copy_tail(unsigned char *scratch, const struct key_run *run, size_t 
     publish(scratch);
 }
 
-/* Splits a block of fp16 keys into scratch: for each step a tile of high and a tile of low parts.
- * Sets a flag for each key that has no parts. */
-INLINE void split_block(struct pass *p, int block, int steps) {
-    int rows = rows_in_block(p->run, block);
-    const unsigned char *source = p->run->block[block];
-    unsigned flags = 0;
-    for (int r = 0; r < KEY_BLOCK; r++) {
-        pairs *out = (pairs *)(void *)p->scratch + r;
-        __mmask32 special = 0;
-        for (int step = 0; step < steps; step++) {
-            pairs high = _mm512_setzero_si512(), low = high;
-            if (r < rows) {
-                split(&high, &low, source + step * 64);
-                special |= not_finite(source + step * 64);
-            }
-            _mm512_store_si512(out + step * 2 * LANES, high);
-            _mm512_store_si512(out + (step * 2 + 1) * LANES, low);
+/* Splits row r of a block of fp16 keys into the block's half of scratch: for each step a tile of
+ * high and a tile of low parts. Flags a key that has no parts. Rows behind the run become zeros. */
+INLINE void split_row(struct pass *p, int block, int r, int steps) {
+    pairs *out = (pairs *)(void *)(p->scratch + block % 2 * SPLIT_BYTES) + r;
+    __mmask32 special = 0;
+    for (int step = 0; step < steps; step++) {
+        pairs high = _mm512_setzero_si512(), low = high;
+        if (r < rows_in_block(p->run, block)) {
+            const unsigned char *key = p->run->block[block];
+            key += p->run->row_stride * r + step * 64;
+            split(&high, &low, key);
+            special |= not_finite(key);
         }
-        flags |= (unsigned)(special != 0) << r;
-        source += p->run->row_stride;
+        _mm512_store_si512(out + step * 2 * LANES, high);
+        _mm512_store_si512(out + (step * 2 + 1) * LANES, low);
     }
-    p->flags[block % FLAG_RING] = flags;
-    publish(p->scratch);
+    p->flags[block % FLAG_RING] |= (unsigned)(special != 0) << r;
 }
 
 INLINE __mmask16 heads_of(const struct pass *p, int tile) {
@@ -498,12 +501,18 @@ struct fetch {
     int groups;
 };
 
-INLINE struct fetch fetch_plan(const struct pass *p, struct place front) {
-    int per_slot = p->n_tiles >= 4 ? 1 : p->n_tiles == 1 ? 4 : 2;
+INLINE int groups_of(int n_tiles) {
+    return n_tiles >= 4 ? 1 : n_tiles == 1 ? 4 : 2;
+}
+
+INLINE struct fetch fetch_plan(const struct pass *p, struct place front, int fp16) {
+    int per_slot = groups_of(p->n_tiles);
     int first = front.tile * per_slot;
-    int near = front.block + NEAR_BLOCKS, far = front.block + FAR_BLOCKS;
+    int near = front.block + NEAR_BLOCKS + fp16, far = front.block + FAR_BLOCKS;
+    if (near >= p->n_listed)
+        near = 0; /* where the next query token's call begins */
     struct fetch f = {NULL, NULL, p->run->row_stride, per_slot};
-    if (first >= 4 || near >= p->n_listed)
+    if (first >= 4)
         return f;
     f.near = (const unsigned char *)p->run->block[near] + first * 4 * f.stride;
     if (p->run->n_ahead && far < p->n_listed)
@@ -541,13 +550,17 @@ struct step {
     int reload; /* take the next block's keys once this block is done with the register */
     struct keys next;
     struct fetch fetch;
+    const unsigned char *parts; /* fp16: of the block's keys */
+    int block;
+    int split_row;              /* fp16: where this slot's share of the next block begins, */
+    int split_rows;             /* rows in each step, or 0 */
 };
 
 INLINE void run_step(struct pass *p, __m512 *sum, const struct step *t, int c, int step, int steps,
                      int fp16) {
     const int rows = 8 / steps; /* on either side of the product */
     if (fp16) {
-        const unsigned char *keys = p->scratch + step * 2 * TILE_BYTES;
+        const unsigned char *keys = t->parts + step * 2 * TILE_BYTES;
         load_query(0, t->query + step * 2 * TILE_BYTES);
         load_query(1, t->query + (step * 2 + 1) * TILE_BYTES);
         load_keys(step % 2 * 2, keys, 64);
@@ -557,7 +570,7 @@ INLINE void run_step(struct pass *p, __m512 *sum, const struct step *t, int c, i
     }
     reduce_rows(sum, t->tile, step * 2 * rows, rows, t->weight, t->heads);
     if (fp16)
-        multiply_parts(c, step);
+        multiply_parts(c, step, 0);
     else
         multiply(c, step);
     if (step == 0)
@@ -566,12 +579,32 @@ INLINE void run_step(struct pass *p, __m512 *sum, const struct step *t, int c, i
     if (t->reload)
         load_keys(step, t->next.row + step * 64, t->next.stride);
     fetch_lines(&t->fetch, step);
+    if (fp16) {
+        for (int i = 0; i < t->split_rows; i++)
+            split_row(p, t->block + 1, t->split_row + step * t->split_rows + i, steps);
+        multiply_parts(c, step, 1);
+        publish(p->scratch);
+    }
 }
 
 /* The head tile and block of slots s and s-2. */
 struct places {
     struct place front, back;
 };
+
+/* The rows of the next block are split four at a time like its lines are fetched, by the vector
+ * units while the tile unit is busy. */
+INLINE void plan_split(struct pass *p, struct step *t, struct place front, int steps) {
+    int groups = groups_of(p->n_tiles);
+    t->block = front.block;
+    t->parts = p->scratch + front.block % 2 * SPLIT_BYTES;
+    t->split_row = front.tile * groups * 4;
+    t->split_rows = 0;
+    if (t->split_row < KEY_BLOCK && front.block + 1 < p->n_blocks)
+        t->split_rows = groups * 4 / steps;
+    if (front.tile == 0)
+        p->flags[(front.block + 1) % FLAG_RING] = 0;
+}
 
 /* Slot s with accumulator c = s % 2; slot s-2 used the same one and the same place in the ring. */
 INLINE void slot(struct pass *p, __m512 *sum, int c, struct places at, int steps, int fp16) {
@@ -583,9 +616,9 @@ INLINE void slot(struct pass *p, __m512 *sum, int c, struct places at, int steps
     t.heads = heads_of(p, at.back.tile);
     t.reload = !fp16 && at.front.tile == p->n_tiles - 1 && at.front.block + 1 < p->n_blocks;
     t.next = keys_of(p, at.front.block + t.reload);
-    t.fetch = fetch_plan(p, at.front);
-    if (fp16 && at.front.tile == 0)
-        split_block(p, at.front.block, steps);
+    t.fetch = fetch_plan(p, at.front, fp16);
+    if (fp16)
+        plan_split(p, &t, at.front, steps);
     zero_sums(c);
     run_step(p, sum, &t, c, 0, steps, fp16);
     run_step(p, sum, &t, c, 1, steps, fp16);
@@ -647,20 +680,20 @@ INLINE void run_slots(struct pass *p, int steps, int fp16) {
 
 /* The same for four head tiles, 49 to 64 heads, with all that depends on the head tile known to
  * the compiler. */
-INLINE void run_slots_of_4(struct pass *p, int steps) {
+INLINE void run_slots_of_4(struct pass *p, int steps, int fp16) {
     __m512 sum[KEY_BLOCK];
     int block = 0;
     p->n_tiles = 4;
     clear_sums(sum);
     for (; block < p->n_blocks; block++) {
-        slot(p, sum, 0, (struct places){{0, block}, {2, block - 1}}, steps, 0);
-        slot(p, sum, 1, (struct places){{1, block}, {3, block - 1}}, steps, 0);
-        slot(p, sum, 0, (struct places){{2, block}, {0, block}}, steps, 0);
-        slot(p, sum, 1, (struct places){{3, block}, {1, block}}, steps, 0);
+        slot(p, sum, 0, (struct places){{0, block}, {2, block - 1}}, steps, fp16);
+        slot(p, sum, 1, (struct places){{1, block}, {3, block - 1}}, steps, fp16);
+        slot(p, sum, 0, (struct places){{2, block}, {0, block}}, steps, fp16);
+        slot(p, sum, 1, (struct places){{3, block}, {1, block}}, steps, fp16);
     }
     store_sums(1, p->ring + LANES * LANES);
-    drain(p, sum, 0, (struct place){2, block - 1}, 0);
-    drain(p, sum, 1, (struct place){3, block - 1}, 0);
+    drain(p, sum, 0, (struct place){2, block - 1}, fp16);
+    drain(p, sum, 1, (struct place){3, block - 1}, fp16);
 }
 
 /* ---- score ------------------------------------------------------------------------------------ */
@@ -691,7 +724,7 @@ TARGET static void score_bf16(float *score, const void *packed, int n_heads, int
     load_keys(1, first.row + 64, first.stride);
     if (head_dim == 64) {
         if (p.n_tiles == 4)
-            run_slots_of_4(&p, 2);
+            run_slots_of_4(&p, 2, 0);
         else
             run_slots(&p, 2, 0);
         return;
@@ -699,7 +732,7 @@ TARGET static void score_bf16(float *score, const void *packed, int n_heads, int
     load_keys(2, first.row + 128, first.stride);
     load_keys(3, first.row + 192, first.stride);
     if (p.n_tiles == 4)
-        run_slots_of_4(&p, 4);
+        run_slots_of_4(&p, 4, 0);
     else
         run_slots(&p, 4, 0);
 }
@@ -707,7 +740,7 @@ TARGET static void score_bf16(float *score, const void *packed, int n_heads, int
 TARGET static void score_fp16(float *score, const void *packed, int n_heads, int head_dim,
                               const struct key_run *run) {
     _Alignas(64) float ring[2 * LANES * LANES];
-    _Alignas(64) unsigned char scratch[KEY_BLOCK * MAX_HEAD_DIM * 4];
+    _Alignas(64) unsigned char scratch[2 * SPLIT_BYTES];
     struct pass p = pass_of(score, packed, n_heads, head_dim, DTYPE_FP16, run);
     p.ring = ring;
     p.scratch = scratch;
@@ -717,8 +750,13 @@ TARGET static void score_fp16(float *score, const void *packed, int n_heads, int
         return;
     }
     memset(ring, 0, TILE_BYTES);
+    for (int r = 0; r < KEY_BLOCK; r++)
+        split_row(&p, 0, r, head_dim / STEP_DIMS);
+    publish(scratch);
     if (head_dim == 64)
         run_slots(&p, 2, 1);
+    else if (p.n_tiles == 4)
+        run_slots_of_4(&p, 4, 1);
     else
         run_slots(&p, 4, 1);
 }
