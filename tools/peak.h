@@ -17,6 +17,8 @@
  * Tile units of shared machines slow down when their instructions come back to back, so TDPBF16PS
  * has a second loop, "TDPBF16PS spaced", with other instructions between.
  *
+ * On x86 a tile loop leaves the calling thread without tile configuration.
+ *
  * All figures are the best of many slices of about a millisecond: what the core can do when
  * nobody disturbs it. Compare them with a best time, or measure both side by side.
  */
