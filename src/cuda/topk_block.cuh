@@ -37,7 +37,7 @@ template <class Z> struct shared {
     uint64_t list[Z::LIST];
     uint32_t counter[Z::WORDS];
     union {
-        uint32_t hist[BINS + 4];   /* counts, then the number in the bins before each */
+        uint32_t hist[BINS];       /* counts, then sums or a table, see scan_hist */
         uint16_t base[Z::WORDS];   /* members of the buckets of earlier words */
     };
     uint32_t warp_sum[2][LANES];
@@ -172,9 +172,12 @@ template <class Z, int WORDS> static __device__ __forceinline__ void zero(uint32
 
 /* Turns counts into sums of the bins before, and finds the bin that holds the rank-th (from 1),
  * or the last one of all if there are fewer. `masked` says that the last bin holds masked keys,
- * which do not count. Ends with a barrier. */
+ * which do not count. With `table` a sum becomes what bucket_of looks up: the bucket where the bin
+ * begins and, above it, the bin's number of buckets (there are at most SHORT or LIST keys then, so
+ * that both fit 16 bits). Ends with a barrier. */
 template <class Z>
-static __device__ __forceinline__ void scan_hist(struct shared<Z> *s, uint32_t rank, int masked) {
+static __device__ __forceinline__ void scan_hist(struct shared<Z> *s, uint32_t rank, int masked,
+                                                 int table = 0) {
     const int N = BINS / Z::THREADS;
     uint32_t c[N], sums[N], sum = 0, total;
     load_words<N>(c, s->hist + threadIdx.x * N);
@@ -192,7 +195,7 @@ static __device__ __forceinline__ void scan_hist(struct shared<Z> *s, uint32_t r
             s->before = before;
             s->count = c[i];
         }
-        sums[i] = before;
+        sums[i] = table ? Z::SPREAD * before | Z::SPREAD * c[i] << 16 : before;
         before += c[i];
     }
     store_words<N>(s->hist + threadIdx.x * N, sums);

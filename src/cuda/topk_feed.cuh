@@ -258,23 +258,31 @@ template <class Z> static __device__ __noinline__ void feed_short(void) {
         }
     }
     __syncthreads();
-    scan_hist(s, top_k, 1);
+    scan_hist(s, top_k, 1, 1);
     if (s->total == 0)
         return;
     uint32_t bin = s->bin, before = s->before, count = s->count;
-    uint32_t edge = bin << 21 | 0x1FFFFFu, take = 0;
+    uint32_t edge = bin << 21 | 0x1FFFFFu, at = 0, found = 0;
     if (before + count > Z::LIST) {
         narrow_short<Z>();
         return;
     }
+    /* By ballots, so that the lanes of a store write side by side. */
 #pragma unroll
     for (uint32_t i = 0; i < GROUPS * 4; i++)
-        take += key[i] <= edge;
-    uint64_t *to = s->list + reserve(s, take);
+        found += __popc(__ballot_sync(ALL_LANES, key[i] <= edge));
+    if (lane_id() == 0)
+        at = atomicAdd(&s->n_list, found);
+    at = __shfl_sync(ALL_LANES, at, 0);
+    uint32_t lower_lanes = (1u << lane_id()) - 1;
 #pragma unroll
-    for (uint32_t i = 0; i < GROUPS * 4; i++)
+    for (uint32_t i = 0; i < GROUPS * 4; i++) {
+        uint32_t who = __ballot_sync(ALL_LANES, key[i] <= edge);
         if (key[i] <= edge)
-            *to++ = pair(key[i], 4 * (i / 4 * Z::THREADS + threadIdx.x) + i % 4);
+            s->list[at + __popc(who & lower_lanes)] =
+                pair(key[i], 4 * (i / 4 * Z::THREADS + threadIdx.x) + i % 4);
+        at += __popc(who);
+    }
     __syncthreads();
     if (count > WIDE_BIN)
         measure_last_bin<Z>();

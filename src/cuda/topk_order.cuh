@@ -20,14 +20,13 @@ struct last_bin {
 template <class Z>
 static __device__ __forceinline__ uint32_t bucket_of(const struct shared<Z> *s, uint64_t item,
                                                      const struct last_bin *last) {
-    uint32_t key = item >> 32, bin = key >> 21;
-    uint32_t before = s->hist[bin], count = s->hist[bin + 1] - before;
-    uint32_t place = __umulhi(key << 11, Z::SPREAD * count);
+    uint32_t key = item >> 32, bin = key >> 21, range = s->hist[bin];
+    uint32_t place = __umulhi(key << 11, range >> 16);
     if (last && bin == last->bin) {
         float x = __fmaf_rn((float)(uint32_t)item, last->step, (float)(key - last->low));
         place = min((uint32_t)(x * last->scale), last->limit);
     }
-    return Z::SPREAD * before + place;
+    return (range & 0xFFFF) + place;
 }
 
 /* Byte b % 4 of a word, as a shift; the hardware drops the bits above. */
@@ -255,7 +254,7 @@ static __device__ __forceinline__ void order(struct shared<Z> *s, uint32_t n_lis
         struct last_bin last;
         last.bin = s->last_high >> 21;
         last.low = s->last_low;
-        uint32_t buckets = Z::SPREAD * (n_list - s->hist[last.bin]);
+        uint32_t buckets = s->hist[last.bin] >> 16;
         last.limit = buckets - 1;
         last.step = __fdividef(0.999f, (float)s->row.n);
         last.scale = __fdividef((float)buckets, (float)(s->last_high - last.low + 1));
@@ -317,7 +316,7 @@ template <class Z> static __device__ __noinline__ void table_from_list(uint32_t 
     if (lane_id() == 0)
         atomicMin(&s->last_low, low);
     __syncthreads();
-    scan_hist(s, 1, 0);
+    scan_hist(s, 1, 0, 1);
 }
 
 #endif

@@ -197,6 +197,10 @@ static inline uint32_t __reduce_min_sync(uint32_t, uint32_t x) {
 static inline uint32_t __reduce_max_sync(uint32_t, uint32_t x) {
     return emulated_reduce(x, [](uint32_t a, uint32_t b) { return std::max(a, b); });
 }
+static inline uint32_t __ballot_sync(uint32_t, int x) {
+    uint32_t bit = x ? 1u << emulated_now->number % EMULATED_LANES : 0;
+    return emulated_reduce(bit, [](uint32_t a, uint32_t b) { return a | b; });
+}
 static inline int __any_sync(uint32_t, int x) {
     return (int)emulated_reduce(x != 0, [](uint32_t a, uint32_t b) { return a | b; });
 }
