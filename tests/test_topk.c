@@ -133,34 +133,40 @@ static void check_stream(const struct input *in, int k, const struct topk_loops 
     guard_free(&memory);
 }
 
-/* The stream in pieces, each selected alone, merged in any order. */
+/* The stream in pieces, each sorted alone, merged in any order. */
 static void check_merge(const struct input *in, int k, const struct topk_loops *loops,
                         struct rng *rng, const char *what) {
     enum { PIECES = 5 };
-    struct guard memory = entries(k), piece[PIECES];
-    struct topk part[PIECES], t;
+    struct guard piece[PIECES], list[2];
+    struct topk part[PIECES], t = {.k = k};
     int begin = 0;
     for (int i = 0; i < PIECES; i++) {
         int end = i == PIECES - 1 ? in->n : (int)rng_between(rng, begin, in->n);
         piece[i] = entries(k);
         lidx_topk_reset(&part[i], k, (uint64_t *)(void *)piece[i].data, loops);
         push_range(&part[i], in, begin, end, rng);
-        lidx_topk_select(&part[i]);
+        lidx_topk_sort(&part[i]);
+        part[i].entry[part[i].n] = 0;
         CHECK(part[i].n == (end - begin < k ? end - begin : k), "%s: piece keeps %d", what,
               part[i].n);
         begin = end;
     }
-    lidx_topk_reset(&t, k, (uint64_t *)(void *)memory.data, loops);
+    for (int i = 0; i < 2; i++) {
+        list[i] = guard_after(sizeof(uint64_t) * ((size_t)k + 1));
+        *(uint64_t *)(void *)list[i].data = 0;
+    }
     int first = (int)rng_below(rng, PIECES);
     for (int i = 0; i < PIECES; i++) {
-        const struct topk *p = &part[(first + i * 2) % PIECES];
-        lidx_topk_merge(&t, p->entry, p->n);
+        t.entry = (uint64_t *)(void *)list[i % 2].data;
+        t.n = lidx_topk_merge(t.entry, k, (uint64_t *)(void *)list[(i + 1) % 2].data,
+                              part[(first + i * 2) % PIECES].entry);
+        CHECK(t.entry[t.n] == 0, "%s: a merged list of %d has no end", what, t.n);
     }
-    lidx_topk_sort(&t);
     check_answer(&t, in, k, what);
     for (int i = 0; i < PIECES; i++)
         guard_free(&piece[i]);
-    guard_free(&memory);
+    for (int i = 0; i < 2; i++)
+        guard_free(&list[i]);
 }
 
 static int pick_k(struct rng *rng, int n) {

@@ -28,20 +28,20 @@ enum {
     SLOT_BYTES = 1 << 20,  /* of a worker, for partial results */
     WORKER_BYTES = ROW_BYTES + SLOT_BYTES,
     SPLITS_PER_WORKER = 64, /* cut blocks; each has at least two pieces and so two slots */
+    SLOTS_PER_WORKER = 2 * SPLITS_PER_WORKER,
 };
 
-/* A cut block. All fields are 0 between runs. */
+/* A cut block: for each row an entry that k entries of finished pieces reach, or 0. What is below
+ * it need not be looked at. It only saves work; the answer is the same without. */
 struct split {
-    _Atomic int32_t done; /* pieces that have arrived */
-    /* For each row, an entry that k entries of finished pieces reach: whatever does not beat
-     * bound - 1 need not be looked at. It only saves work; the answer is the same without. */
-    _Atomic uint64_t bound[PLAN_ROWS];
+    _Atomic uint64_t bound[PLAN_ROWS]; /* 0 between runs */
 };
 
 struct cpu {
     const struct kernel *kernel;
     unsigned char *memory; /* n_workers x ROW_BYTES, then the slots */
     struct split *splits;
+    _Atomic int32_t *arrived; /* a slot's: halves of a merge that are there; 0 between runs */
     int n_workers;
 };
 
@@ -91,6 +91,7 @@ static void cpu_destroy(void *state) {
     struct cpu *cpu = state;
     free(cpu->memory);
     free(cpu->splits);
+    free(cpu->arrived);
     free(cpu);
 }
 
@@ -104,10 +105,11 @@ static int cpu_create(void **state, const struct lidx_options *options) {
     size_t bytes = (size_t)cpu->n_workers * WORKER_BYTES;
     cpu->memory = aligned_alloc(4096, bytes);
     cpu->splits = calloc((size_t)cpu->n_workers * SPLITS_PER_WORKER, sizeof *cpu->splits);
-    if (!cpu->memory || !cpu->splits) {
+    cpu->arrived = calloc((size_t)cpu->n_workers * SLOTS_PER_WORKER, sizeof *cpu->arrived);
+    if (!cpu->memory || !cpu->splits || !cpu->arrived) {
+        int n = cpu->n_workers;
         cpu_destroy(cpu);
-        return lidx_fail(LIDX_ERR_MEMORY, "no memory for %d threads of %d bytes", cpu->n_workers,
-                         WORKER_BYTES);
+        return lidx_fail(LIDX_ERR_MEMORY, "no memory for %d threads of %d bytes", n, WORKER_BYTES);
     }
     *state = cpu;
     return LIDX_OK;
@@ -254,63 +256,99 @@ static void score_item(struct worker *w, const struct plan_item *item) {
     }
 }
 
+/* One row of one piece: up to k sorted entries and a 0. */
 struct slot {
     int64_t n;
     uint64_t entry[];
 };
 
+static int64_t slot_index(const struct plan_item *item, int piece, int r) {
+    return item->slot + (int64_t)piece * item->n_rows + r;
+}
+
 static struct slot *slot_at(const struct run *run, int64_t index) {
     return (struct slot *)(void *)(run->slots + (size_t)index * run->slot_bytes);
 }
 
-static void store_partials(struct worker *w, const struct plan_item *item) {
+static void fill_slot(struct slot *slot, const uint64_t *entry, int n) {
+    slot->n = n;
+    memcpy(slot->entry, entry, sizeof *entry * (size_t)n);
+    slot->entry[n] = 0;
+}
+
+static void store_piece(struct worker *w, const struct plan_item *item) {
     for (int r = 0; r < item->n_rows; r++) {
         struct topk *t = &w->row[r].topk;
-        struct slot *slot = slot_at(w->run, item->slot + (int64_t)item->piece * item->n_rows + r);
-        lidx_topk_select(t);
+        lidx_topk_sort(t);
         if (t->n == t->k)
-            publish_bound(w, item, r, t->threshold + 1);
-        slot->n = t->n;
-        memcpy(slot->entry, t->entry, sizeof *t->entry * (size_t)t->n);
+            publish_bound(w, item, r, t->entry[t->k - 1]);
+        fill_slot(slot_at(w->run, slot_index(item, item->piece, r)), t->entry, t->n);
     }
 }
 
-static void merge_partials(struct worker *w, const struct plan_item *item) {
+static void merge_pair(struct worker *w, const struct plan_item *item, int left, int right) {
     for (int r = 0; r < item->n_rows; r++) {
-        struct topk *t = &w->row[r].topk;
-        lidx_topk_reset(t, t->k, t->entry, t->loops);
-        for (int i = 0; i < item->n_pieces; i++) {
-            const struct slot *slot = slot_at(w->run, item->slot + (int64_t)i * item->n_rows + r);
-            lidx_topk_merge(t, slot->entry, (int)slot->n);
-        }
+        struct slot *a = slot_at(w->run, slot_index(item, left, r));
+        const struct slot *b = slot_at(w->run, slot_index(item, right, r));
+        uint64_t *merged = w->row[r].topk.entry;
+        int n = lidx_topk_merge(merged, w->run->p->top_k, a->entry, b->entry);
+        fill_slot(a, merged, n);
     }
 }
 
-/* Whether this worker brings the last piece of a cut block. */
-static int arrives_last(struct worker *w, const struct plan_item *item) {
-    struct split *split = split_of(w, item);
-    if (atomic_fetch_add_explicit(&split->done, 1, memory_order_acq_rel) != item->n_pieces - 1)
+/* Whether this worker brings the second half of the merge into `right`'s neighbour. */
+static int arrives_second(struct worker *w, const struct plan_item *item, int right) {
+    _Atomic int32_t *arrived = &w->run->cpu->arrived[slot_index(item, right, 0)];
+    if (atomic_fetch_add_explicit(arrived, 1, memory_order_acq_rel) == 0)
         return 0;
-    atomic_store_explicit(&split->done, 0, memory_order_relaxed);
-    for (int r = 0; r < item->n_rows; r++)
-        atomic_store_explicit(&split->bound[r], 0, memory_order_relaxed);
+    atomic_store_explicit(arrived, 0, memory_order_relaxed);
     return 1;
 }
 
-static void run_item(struct worker *w, const struct plan_item *item) {
-    load_rows(w, item);
-    score_item(w, item);
-    if (item->n_pieces > 1) {
-        store_partials(w, item);
-        if (!arrives_last(w, item))
-            return;
-        merge_partials(w, item);
+/* Pieces meet in pairs, pairs in pairs of pairs; whoever comes second to a meeting merges and
+ * goes on, so merges of one block run side by side and nobody waits. True for the one worker that
+ * ends with the whole block, which is then in the slots of piece 0. */
+static int merge_upwards(struct worker *w, const struct plan_item *item) {
+    int mine = item->piece;
+    for (int step = 1; step < item->n_pieces; step *= 2) {
+        int left = mine - mine % (2 * step), right = left + step;
+        if (right < item->n_pieces) {
+            if (!arrives_second(w, item, right))
+                return 0;
+            merge_pair(w, item, left, right);
+        }
+        mine = left;
     }
+    return 1;
+}
+
+static void finish_cut_block(struct worker *w, const struct plan_item *item) {
+    store_piece(w, item);
+    if (!merge_upwards(w, item))
+        return;
+    for (int r = 0; r < item->n_rows; r++) {
+        const struct slot *slot = slot_at(w->run, slot_index(item, 0, r));
+        atomic_store_explicit(&split_of(w, item)->bound[r], 0, memory_order_relaxed);
+        write_row(w->run->p, item->batch, item->extent.query_begin + item->row + r, slot->entry,
+                  (int)slot->n);
+    }
+}
+
+static void finish_whole_block(struct worker *w, const struct plan_item *item) {
     for (int r = 0; r < item->n_rows; r++) {
         struct topk *t = &w->row[r].topk;
         lidx_topk_sort(t);
         write_row(w->run->p, item->batch, item->extent.query_begin + item->row + r, t->entry, t->n);
     }
+}
+
+static void run_item(struct worker *w, const struct plan_item *item) {
+    load_rows(w, item);
+    score_item(w, item);
+    if (item->n_pieces > 1)
+        finish_cut_block(w, item);
+    else
+        finish_whole_block(w, item);
 }
 
 static void assign_memory(struct worker *w, struct run *run, int index) {
@@ -367,11 +405,11 @@ static void prepare_run(struct run *run, const struct cpu *cpu, const struct pro
     run->packed_bytes = round_up(run->path->packed_size(p->n_heads, p->head_dim), 64);
     run->entry_bytes = round_up(sizeof(uint64_t) * (size_t)lidx_topk_capacity(p->top_k), 64);
     run->slots = cpu->memory + (size_t)cpu->n_workers * ROW_BYTES;
-    run->slot_bytes = sizeof(struct slot) + sizeof(uint64_t) * (size_t)p->top_k;
+    run->slot_bytes = sizeof(struct slot) + sizeof(uint64_t) * (size_t)(p->top_k + 1);
     atomic_init(&run->next_item, 0);
     size_t rows = ROW_BYTES / (run->packed_bytes + run->entry_bytes);
     int64_t slots = (int64_t)((size_t)cpu->n_workers * SLOT_BYTES / run->slot_bytes);
-    int64_t most = 2 * (int64_t)cpu->n_workers * SPLITS_PER_WORKER;
+    int64_t most = (int64_t)cpu->n_workers * SLOTS_PER_WORKER;
     const struct plan_limits limits = {cpu->n_workers, rows < PLAN_ROWS ? (int)rows : PLAN_ROWS,
                                        slots < most ? slots : most};
     lidx_plan_build(&run->plan, p, &limits);

@@ -83,61 +83,46 @@ static void count_bins(uint32_t count[BINS], const uint64_t *entry, int n, struc
     }
 }
 
-/* A bound such that at least k of the n > k entries are at or above it, and at most `most`
- * (>= k) are. Entries are distinct, so `most` = k finds the k-th largest. */
-static uint64_t select_bound(const struct topk *t, int k, int most) {
+/* Cuts the n > k entries to at least k of the best and at most `most` (>= k). A round finds the
+ * bin in which the k-th largest lies and drops what is below it; the next looks into that bin
+ * alone. Entries are distinct, so that `most` = k can be had. */
+static void cut(struct topk *t, int most) {
     uint32_t count[BINS];
     struct topk_range r = t->loops->range(t->entry, t->n);
     int above = 0; /* entries above r.high */
-    for (;;) {
+    do {
         int shift = range_shift(r, BITS);
         count_bins(count, t->entry, t->n, r, shift);
         int bin = (int)((r.high - r.low) >> shift);
-        while (above + (int)count[bin] < k)
+        while (above + (int)count[bin] < t->k)
             above += (int)count[bin--];
         uint64_t low = r.low + ((uint64_t)bin << shift);
-        if (above + (int)count[bin] <= most || shift == 0)
-            return low;
         uint64_t last = low + (((uint64_t)1 << shift) - 1);
         r.high = last < r.high ? last : r.high;
         r.low = low;
-    }
-}
-
-/* Cuts the buffer to between k and `most` entries. */
-static void cut(struct topk *t, int most) {
-    uint64_t bound = select_bound(t, t->k, most);
-    t->n = t->loops->keep(t->entry, t->n, bound);
-    t->threshold = bound - 1; /* entries are distinct: what beats this is at or above the bound */
-}
-
-static void make_room(struct topk *t, int n) {
-    if (t->n + n > t->capacity)
-        cut(t, t->k + t->k / 2); /* a rough bound usually takes one round */
+        t->n = t->loops->keep(t->entry, t->n, low);
+    } while (t->n > most);
+    t->threshold = r.low - 1; /* what beats this is at or above the last bin */
 }
 
 void lidx_topk_push(struct topk *t, const float *score, int n, int64_t position) {
-    make_room(t, n);
+    if (t->n + n > t->capacity)
+        cut(t, t->k + t->k / 2); /* a rough cut usually takes one round */
     t->n += t->loops->filter(t->entry + t->n, score, n, (uint32_t)position, t->threshold);
 }
 
-void lidx_topk_merge(struct topk *t, const uint64_t *entry, int n) {
-    while (n > 0) {
-        int step = n < TOPK_STEP ? n : TOPK_STEP;
-        make_room(t, step);
-        memcpy(t->entry + t->n, entry, sizeof *entry * (size_t)step);
-        if (t->threshold == 0)
-            t->n += step;
-        else
-            t->n += t->loops->keep(t->entry + t->n, step, t->threshold + 1);
-        entry += step;
-        n -= step;
+int lidx_topk_merge(uint64_t *out, int k, const uint64_t *a, const uint64_t *b) {
+    for (int i = 0; i < k; i++) {
+        uint64_t best_a = *a, best_b = *b;
+        int take_a = best_a > best_b;
+        out[i] = take_a ? best_a : best_b;
+        if (out[i] == 0)
+            return i;
+        a += take_a;
+        b += !take_a;
     }
-}
-
-void lidx_topk_select(struct topk *t) {
-    if (t->n > t->k)
-        cut(t, t->k);
+    out[k] = 0;
+    return k;
 }
 
 static void insertion_sort(uint64_t *entry, int n) {
@@ -202,6 +187,9 @@ static void sort(const struct topk_loops *loops, uint64_t *entry, uint64_t *spar
 }
 
 void lidx_topk_sort(struct topk *t) {
-    lidx_topk_select(t);
+    /* A few too many are sorted more quickly than cut away. */
+    if (t->n > t->k + t->k / 8)
+        cut(t, t->k + t->k / 8);
     sort(t->loops, t->entry, t->entry + t->n, t->n);
+    t->n = t->n < t->k ? t->n : t->k;
 }

@@ -75,13 +75,11 @@ void lidx_topk_reset(struct topk *t, int k, uint64_t *entry, const struct topk_l
 /* n <= TOPK_STEP scores of positions position, position + 1, ... */
 void lidx_topk_push(struct topk *t, const float *score, int n, int64_t position);
 
-/* Candidates that another stream of the same row kept. */
-void lidx_topk_merge(struct topk *t, const uint64_t *entry, int n);
-
-/* Reduces to the k best, in no order. */
-void lidx_topk_select(struct topk *t);
-
 /* Reduces to the k best, best first; entry[0..n) is the answer. */
 void lidx_topk_sort(struct topk *t);
+
+/* The best of two sorted lists, each ended by a 0, which no entry is: up to k of them to `out`,
+ * best first, and a 0 behind them. Returns how many. */
+int lidx_topk_merge(uint64_t *out, int k, const uint64_t *a, const uint64_t *b);
 
 #endif
