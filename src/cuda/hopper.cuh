@@ -28,8 +28,7 @@ static __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t a
 
 /* Makes initialised barriers visible to TMA, before the block's first __syncthreads. */
 static __device__ __forceinline__ void barrier_init_fence() {
-    asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::
-                     : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
 static __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
@@ -165,6 +164,12 @@ template <int REGISTERS> static __device__ __forceinline__ void registers_shrink
 
 template <int REGISTERS> static __device__ __forceinline__ void registers_grow() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+/* Lets a kernel that was launched as this one's dependent begin as soon as there is room for it;
+ * it waits by itself for this one's results. */
+static __device__ __forceinline__ void launch_dependents() {
+    asm volatile("griddepcontrol.launch_dependents;");
 }
 
 static __device__ __forceinline__ void named_barrier_sync(int id, int threads) {

@@ -16,7 +16,7 @@
 
 enum { TILE_KEYS = 64, TILE_SHIFT = 6 };
 
-/* The part of a slab that lies in one batch. Everything fits 32 bits: TMA coordinates must. */
+/* The part of a slab that lies in one batch. Lengths fit 32 bits with 2 * TILE_KEYS to spare. */
 struct batch_part {
     int32_t query_begin; /* row of the batch's query 0 in the query tensor's batch */
     int32_t key_begin;
@@ -44,26 +44,30 @@ struct cursor {
     int32_t span; /* places of the run */
 };
 
-LIDX_INLINE int64_t batch_first_row(const struct problem *p, const struct extent *e, int64_t b) {
-    return p->query_packed ? e->query_begin : b * p->n_query;
+LIDX_INLINE int32_t clamp32(int32_t x, int32_t low, int32_t high) {
+    return x < low ? low : x > high ? high : x;
+}
+
+/* The 32-bit twin of lidx_segment. */
+LIDX_INLINE void segment32(const int32_t *lengths, int packed, int32_t limit, int64_t b,
+                           int32_t *begin, int32_t *length) {
+    int32_t first = packed && b ? clamp32(lengths[b - 1], 0, limit) : 0;
+    int32_t last = lengths ? clamp32(lengths[b], first, limit) : limit;
+    *begin = first;
+    *length = last - first;
 }
 
 LIDX_INLINE struct batch_part part_of_batch(const struct problem *p, const struct line *line,
                                             int64_t b) {
-    struct extent e = lidx_extent(p, b);
-    int64_t row = batch_first_row(p, &e, b);
     struct batch_part part;
-    part.query_begin = (int32_t)e.query_begin;
-    part.key_begin = (int32_t)e.key_begin;
-    part.n_query = (int32_t)e.n_query;
-    part.n_key = (int32_t)e.n_key;
-    part.first = (int32_t)lidx_clamp(line->row_begin - row, 0, e.n_query);
-    part.last = (int32_t)lidx_clamp(line->row_end - row, 0, e.n_query);
-    int32_t rows = part.last - part.first;
-    part.n_items = rows > 0 && part.n_key > 0
-                       ? (int32_t)(((uint32_t)rows + (1u << line->block_shift) - 1) >>
-                                   line->block_shift)
-                       : 0;
+    segment32(p->query_lengths, p->query_packed, (int32_t)p->n_query, b, &part.query_begin,
+              &part.n_query);
+    segment32(p->key_lengths, p->key_packed, (int32_t)p->n_key, b, &part.key_begin, &part.n_key);
+    int64_t row = p->query_packed ? part.query_begin : b * p->n_query;
+    part.first = (int32_t)lidx_clamp(line->row_begin - row, 0, part.n_query);
+    part.last = (int32_t)lidx_clamp(line->row_end - row, 0, part.n_query);
+    uint32_t rows = (uint32_t)(part.last - part.first), block = 1u << line->block_shift;
+    part.n_items = part.n_key > 0 ? (int32_t)((rows + block - 1) >> line->block_shift) : 0;
     return part;
 }
 
@@ -78,8 +82,8 @@ LIDX_INLINE int32_t part_visible(const struct problem *p, const struct batch_par
 
 LIDX_INLINE int32_t item_tiles(const struct problem *p, const struct line *line,
                                const struct batch_part *part, int32_t item) {
-    int64_t last = part->first + ((int64_t)(item + 1) << line->block_shift);
-    int32_t seen = part_visible(p, part, (int32_t)(last < part->last ? last : part->last) - 1);
+    int32_t last = part->first + ((item + 1) << line->block_shift);
+    int32_t seen = part_visible(p, part, (last < part->last ? last : part->last) - 1);
     return (int32_t)(((uint32_t)seen + TILE_KEYS - 1) >> TILE_SHIFT);
 }
 
@@ -135,9 +139,12 @@ LIDX_INLINE int32_t item_at(const struct problem *p, const struct line *line,
     return low;
 }
 
-/* Run number `cta` of `n_cta` begins here; the next one begins where it ends. */
+/* Run number `cta` of `n_cta` begins here; the next one begins where it ends. The first ones are
+ * a place longer where the line does not divide evenly. */
 LIDX_INLINE int64_t run_begin(int64_t total, int32_t cta, int32_t n_cta) {
-    return total / n_cta * cta + total % n_cta * cta / n_cta;
+    int64_t each = total >> 32 ? total / n_cta : (uint32_t)total / (uint32_t)n_cta;
+    int32_t longer = (int32_t)(total - each * n_cta);
+    return each * cta + (cta < longer ? cta : longer);
 }
 
 /* Tiles [*begin, *end) of the cursor's item are in the run. */
@@ -151,10 +158,10 @@ LIDX_INLINE void tiles_of_cursor(const struct line *line, const struct cursor *c
 /* Places from the cursor's item to the one behind it. */
 LIDX_INLINE int32_t item_places(const struct problem *p, const struct line *line,
                                 const struct batch_part *part, int32_t item) {
-    int64_t seen = part->n_key;
+    int32_t seen = part->n_key;
     if (p->sparse_mode != 0)
-        seen += part->first - (int64_t)part->n_query + ((int64_t)(item + 1) << line->block_shift);
-    return seen > 0 ? (int32_t)((seen + TILE_KEYS - 1) >> TILE_SHIFT) + line->charge : 0;
+        seen += part->first - part->n_query + ((item + 1) << line->block_shift);
+    return seen > 0 ? ((seen + TILE_KEYS - 1) >> TILE_SHIFT) + line->charge : 0;
 }
 
 #endif

@@ -28,8 +28,6 @@ enum {
     WARPGROUP = 128,
     CONSUMERS = 2,
     THREADS = (CONSUMERS + 1) * WARPGROUP,
-    CONSUMER_REGISTERS = 224, /* 2 x 224 + 56 = 3 x 168, the registers at launch */
-    PRODUCER_REGISTERS = 56,
     MAX_SHARED = 232448, /* what a CTA of an SM90 may have */
     SPARE_SHARED = 8192, /* of it, for all but queries and keys */
     BARRIER_TURN = 1,    /* named barriers 1 and 2 */
@@ -48,10 +46,16 @@ template <int HEADS_, int DIM_, int COLUMNS_> struct shape {
     static constexpr int QUERY_BYTES = COLUMNS * DIM * 2;
     static constexpr int KEY_BYTES = TILE_KEYS * DIM * 2;
     static constexpr int ROOM = (MAX_SHARED - SPARE_SHARED - 2 * QUERY_BYTES) / KEY_BYTES;
-    static constexpr int STAGES = ROOM < 16 ? ROOM : 16;
     /* Two consumers of 128 accumulators need the tensor cores in turns; with fewer the memory
      * is the limit and they may run as they come. */
     static constexpr bool TURNS = COLUMNS == 256;
+    /* Without turns a stage must always serve the same consumer, so their number is even: one
+     * that was not there when a stage's last phase completed could take that phase's parity
+     * for the next one's. */
+    static constexpr int STAGES = ROOM >= 16 ? 16 : TURNS ? ROOM : ROOM / 2 * 2;
+    /* Twice the consumers' and once the producers' are 3 x 168, the registers at launch. */
+    static constexpr int CONSUMER_REGISTERS = COLUMNS == 256 ? 216 : 208;
+    static constexpr int PRODUCER_REGISTERS = COLUMNS == 256 ? 72 : 88;
     static constexpr int CHARGE = COLUMNS == 256 ? 2 : COLUMNS / 64;
     static constexpr int LANE_COLUMNS = COLUMNS / 4;
     static constexpr int WEIGHT_PITCH = LANE_COLUMNS + 4; /* no bank conflict between lanes */
@@ -85,8 +89,7 @@ template <class S> struct shared_memory {
     uint64_t query_empty[2];
     uint64_t key_full[S::STAGES];
     uint64_t key_empty[S::STAGES];
-    struct cursor start;
-    int64_t sums[THREADS / 32];
+    uint32_t chunks[32]; /* places of the batches, in 32 chunks */
 };
 
 /* A ring of places: consumers and producers step through it alike. */
@@ -105,71 +108,109 @@ template <int PLACES, int STEP> __device__ __forceinline__ void ring_step(struct
 
 /* ---- Schedule ------------------------------------------------------------------------------ */
 
-/* Finds the CTA's run: all threads sum the batches' places, the one that has the run's first
- * place in its batches writes where that is. */
+/* Until a producer has found its run nothing is loaded, and every instruction up to there comes
+ * from a cold cache. So: no more than one block-wide barrier, 32 lanes at a time, 32 bits. */
+
+__device__ __forceinline__ uint32_t places_of_batch(const struct arguments &a, int32_t batch,
+                                                    int32_t end) {
+    if (batch >= end)
+        return 0;
+    struct batch_part part = part_of_batch(&a.p, &a.line, batch);
+    return (uint32_t)places_before(&a.p, &a.line, &part, part.n_items);
+}
+
+/* Batches of a chunk: as many as make at most 32 chunks. */
+__device__ __forceinline__ int32_t chunk_size(const struct arguments &a) {
+    return (a.batch_end - a.batch_begin + 31) / 32;
+}
+
+/* Sums the places of each chunk, by all warps; not needed for chunks of one batch. */
 template <class S>
-__device__ void find_run(const struct arguments &a, struct shared_memory<S> &s) {
-    int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-    int32_t n_batch = a.batch_end - a.batch_begin;
-    int32_t each = (n_batch + THREADS - 1) / THREADS;
-    int32_t begin = a.batch_begin + (thread * each < n_batch ? thread * each : n_batch);
-    int32_t end = begin + each < a.batch_end ? begin + each : a.batch_end;
-    int64_t mine = 0;
-    for (int32_t b = begin; b < end; b++) {
-        struct batch_part part = part_of_batch(&a.p, &a.line, b);
-        if (part.n_items)
-            mine += places_before(&a.p, &a.line, &part, part.n_items);
+__device__ __forceinline__ void sum_chunks(const struct arguments &a, struct shared_memory<S> &s) {
+    int32_t size = chunk_size(a), lane = threadIdx.x & 31;
+    for (int32_t chunk = threadIdx.x / 32; chunk < 32; chunk += THREADS / 32) {
+        int32_t begin = a.batch_begin + chunk * size;
+        int32_t end = begin + size < a.batch_end ? begin + size : a.batch_end;
+        uint32_t sum = 0;
+        for (int32_t b = begin + lane; b < end; b += 32)
+            sum += places_of_batch(a, b, end);
+        sum = __reduce_add_sync(0xffffffffu, sum);
+        if (lane == 0)
+            s.chunks[chunk] = sum;
     }
-    int64_t upto = mine;
+}
+
+__device__ __forceinline__ uint32_t warp_scan(uint32_t x) {
+#pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-        int64_t other = __shfl_up_sync(0xffffffffu, upto, step);
-        upto += lane >= step ? other : 0;
+        uint32_t other = __shfl_up_sync(0xffffffffu, x, step);
+        x += (threadIdx.x & 31) >= step ? other : 0;
     }
-    if (lane == 31)
-        s.sums[warp] = upto;
-    __syncthreads();
-    int64_t total = 0, before = upto - mine;
-    for (int w = 0; w < THREADS / 32; w++) {
-        before += w < warp ? s.sums[w] : 0;
-        total += s.sums[w];
+    return x;
+}
+
+/* Lanes have `x` places each, up to `upto` with those before. Returns the lane that has `place`,
+ * and makes `place` count from that lane's first. */
+__device__ __forceinline__ int32_t lane_of_place(uint32_t x, uint32_t upto, uint32_t *place) {
+    int32_t lane = __ffs(__ballot_sync(0xffffffffu, *place < upto)) - 1;
+    *place -= __shfl_sync(0xffffffffu, upto - x, lane);
+    return lane;
+}
+
+/* item_at, by the 32 lanes of a warp together. */
+__device__ __forceinline__ int32_t warp_item_at(const struct arguments &a,
+                                                const struct batch_part &part, int32_t place) {
+    int32_t low = 0, high = part.n_items;
+#pragma unroll 1
+    while (high - low > 1) {
+        int32_t step = (high - low + 31) / 32, probe = low + ((threadIdx.x & 31) + 1) * step;
+        bool begun = probe < high && places_before(&a.p, &a.line, &part, probe) <= place;
+        low += __popc(__ballot_sync(0xffffffffu, begun)) * step;
+        high = high < low + step ? high : low + step;
     }
-    int64_t first = run_begin(total, blockIdx.x, gridDim.x);
-    int64_t behind = run_begin(total, blockIdx.x + 1, gridDim.x);
-    if (first == behind && thread == 0)
-        s.start.span = 0;
-    if (first < behind && before <= first && first < before + mine) {
-        for (int32_t b = begin; b < end; b++) {
-            struct batch_part part = part_of_batch(&a.p, &a.line, b);
-            int64_t places =
-                part.n_items ? places_before(&a.p, &a.line, &part, part.n_items) : 0;
-            if (first < before + places) {
-                int32_t item = item_at(&a.p, &a.line, &part, first - before);
-                before += places_before(&a.p, &a.line, &part, item);
-                s.start = {b, item, (int32_t)(before - first), (int32_t)(behind - first)};
-                break;
-            }
-            before += places;
-        }
-    }
-    __syncthreads();
+    return low;
 }
 
 /* A producer warp's way along the run; all its lanes do the same. */
 struct walk {
-    struct cursor next;
+    struct cursor next; /* its batch is the item's until the next step */
     struct batch_part part;
-    int32_t batch; /* of the item */
     int32_t query; /* the item's first query in its batch */
     int32_t begin; /* its tiles [begin, end) */
     int32_t end;
 };
 
-__device__ __forceinline__ struct walk walk_from(const struct arguments &a,
-                                                 const struct cursor &start) {
+/* Finds the CTA's run on the line: the chunk of its first place, the batch, the item. */
+template <class S>
+__device__ __forceinline__ struct walk find_run(const struct arguments &a,
+                                                const struct shared_memory<S> &s) {
+    int32_t size = chunk_size(a), lane = threadIdx.x & 31;
+    uint32_t x = size > 1 ? s.chunks[lane]
+                          : places_of_batch(a, a.batch_begin + lane, a.batch_end);
+    uint32_t upto = warp_scan(x), total = __shfl_sync(0xffffffffu, upto, 31);
+    uint32_t place = (uint32_t)run_begin(total, blockIdx.x, gridDim.x);
+    int32_t span = (int32_t)((uint32_t)run_begin(total, blockIdx.x + 1, gridDim.x) - place);
     struct walk w;
-    w.next = start;
-    if (start.span > 0)
-        w.part = part_of_batch(&a.p, &a.line, start.batch);
+    w.next = {0, 0, 0, 0};
+    if (span == 0)
+        return w;
+    int32_t batch = a.batch_begin + lane_of_place(x, upto, &place) * size;
+    if (size > 1) {
+        int32_t end = batch + size < a.batch_end ? batch + size : a.batch_end;
+        for (;; batch += 32) {
+            x = places_of_batch(a, batch + lane, end);
+            upto = warp_scan(x);
+            total = __shfl_sync(0xffffffffu, upto, 31);
+            if (place < total)
+                break;
+            place -= total;
+        }
+        batch += lane_of_place(x, upto, &place);
+    }
+    w.part = part_of_batch(&a.p, &a.line, batch);
+    int32_t item = warp_item_at(a, w.part, (int32_t)place);
+    int32_t at = (int32_t)places_before(&a.p, &a.line, &w.part, item) - (int32_t)place;
+    w.next = {batch, item, at, span};
     return w;
 }
 
@@ -200,7 +241,6 @@ __device__ __forceinline__ bool walk_next(const struct arguments &a, struct walk
         tiles_of_cursor(&a.line, &w.next, item_tiles(&a.p, &a.line, &w.part, item), &w.begin,
                         &w.end);
         w.next.at += item_places(&a.p, &a.line, &w.part, item);
-        w.batch = w.next.batch;
         w.query = w.part.first + item * S::BLOCK;
         if (w.begin < w.end)
             return true;
@@ -215,7 +255,7 @@ __device__ __forceinline__ void load_query(const struct arguments &a, struct sha
                                            const CUtensorMap *map, const struct walk &w,
                                            int place) {
     uint32_t full = shared_address(&s.query_full[place]);
-    int32_t batch = a.p.query_packed ? 0 : w.batch;
+    int32_t batch = a.p.query_packed ? 0 : w.next.batch;
     if (!elect_one())
         return;
     barrier_expect(full, S::QUERY_BYTES);
@@ -227,36 +267,37 @@ __device__ __forceinline__ void load_query(const struct arguments &a, struct sha
                         batch);
 }
 
-/* Where the next 32 pieces of a paged batch lie, one to a lane. A piece that no tile of the item
- * needs has page -1, which TMA takes as out of range: it brings zeros. */
+/* A lane's one of the 32 page ids from `piece` on. For a piece that no tile of the item needs the
+ * table is not read: its page is -1, which TMA takes as out of range and fills with zeros. */
+__device__ __forceinline__ int32_t load_page(const struct arguments &a, const struct walk &w,
+                                             int32_t piece) {
+    int64_t key = (int64_t)(piece + (threadIdx.x & 31)) << a.piece_shift;
+    if (key >= w.part.n_key || key >= (int64_t)w.end << TILE_SHIFT)
+        return -1;
+    return a.p.page_table[w.next.batch * a.p.page_table_stride + (int32_t)key / a.p.page_size];
+}
+
+/* Where 32 pieces lie, one to a lane. */
 struct pages {
     int32_t id;
     int32_t row;
-    uint32_t masked; /* bit of each lane whose id is needed and out of range */
+    uint32_t masked; /* bit of each lane whose id is out of range */
 };
 
-__device__ __forceinline__ struct pages load_pages(const struct arguments &a,
-                                                   const struct walk &w, int32_t piece) {
-    struct pages result = {-1, 0, 0};
-    int64_t key = (int64_t)(piece + (threadIdx.x & 31)) << a.piece_shift;
-    int64_t end = (int64_t)w.end << TILE_SHIFT;
-    bool needed = key < w.part.n_key && key < end;
-    if (needed) {
-        int32_t page = (int32_t)key / a.p.page_size;
-        result.id = a.p.page_table[w.batch * a.p.page_table_stride + page];
-        result.row = (int32_t)key - page * a.p.page_size;
-    }
-    bool wrong = needed && (result.id < 0 || result.id >= a.p.n_pages);
-    result.masked = __ballot_sync(0xffffffffu, wrong);
-    return result;
+__device__ __forceinline__ struct pages place_pages(const struct arguments &a, int32_t piece,
+                                                    int32_t id) {
+    int32_t key = (piece + (threadIdx.x & 31)) << a.piece_shift;
+    bool wrong = id < 0 || id >= (int32_t)a.p.n_pages;
+    return {id, (int32_t)((uint32_t)key % (uint32_t)a.p.page_size),
+            __ballot_sync(0xffffffffu, wrong)};
 }
 
-/* The bits of shared_memory.masked for a tile whose pieces are `bits`. */
-__device__ __forceinline__ uint32_t spread_mask(uint32_t bits, int piece_shift) {
-    if (piece_shift == 4)
+/* The bits of shared_memory.masked for a tile whose PIECES are `bits`. */
+template <int PIECES> __device__ __forceinline__ uint32_t spread_mask(uint32_t bits) {
+    if (PIECES == 4)
         return bits & 15;
-    if (piece_shift == 5)
-        return (bits & 1) * 3 | (bits >> 1 & 1) * 12;
+    if (PIECES == 2)
+        return (bits & 1) * 3 | (bits & 2) * 6;
     return (bits & 1) * 15;
 }
 
@@ -265,7 +306,7 @@ __device__ __forceinline__ void load_dense_keys(const struct arguments &a,
                                                 struct shared_memory<S> &s,
                                                 const CUtensorMap *map, const struct walk &w,
                                                 struct ring &keys) {
-    int32_t batch = a.p.key_packed ? 0 : w.batch;
+    int32_t batch = a.p.key_packed ? 0 : w.next.batch;
     int32_t row = w.part.key_begin + w.begin * TILE_KEYS;
     for (int32_t tile = w.begin; tile < w.end; tile++, row += TILE_KEYS) {
         uint32_t full = shared_address(&s.key_full[keys.place]);
@@ -279,39 +320,44 @@ __device__ __forceinline__ void load_dense_keys(const struct arguments &a,
     }
 }
 
-template <class S>
+/* PIECES of a tile; a page id and a row for each. One lane issues all boxes of a tile at once. */
+template <class S, int PIECES>
 __device__ __forceinline__ void load_paged_keys(const struct arguments &a,
                                                 struct shared_memory<S> &s,
                                                 const CUtensorMap *map, const struct walk &w,
                                                 struct ring &keys) {
-    int32_t shift = TILE_SHIFT - a.piece_shift, n_pieces = 1 << shift;
-    int32_t boxes = n_pieces == 1 ? 1 : S::HALVES; /* of a piece */
-    struct pages now = load_pages(a, w, w.begin << shift);
-    struct pages later = load_pages(a, w, (w.begin << shift) + 32);
-    int32_t slot = 0;
+    constexpr int BOXES = PIECES == 1 ? 1 : S::HALVES; /* of a piece */
+    struct pages pages;
+    int32_t next = load_page(a, w, w.begin * PIECES); /* for the next 32 pieces */
+    int32_t slot = 32;
     for (int32_t tile = w.begin; tile < w.end; tile++) {
         uint32_t full = shared_address(&s.key_full[keys.place]);
-        barrier_wait(shared_address(&s.key_empty[keys.place]), keys.phase ^ 1);
-        if (elect_one()) {
-            s.masked[keys.place] = spread_mask(now.masked >> slot, a.piece_shift);
-            barrier_expect(full, S::KEY_BYTES);
-        }
-        __syncwarp();
         uint32_t destination = shared_address(s.key[keys.place]);
-        for (int piece = 0; piece < n_pieces; piece++, slot++) {
-            int32_t id = __shfl_sync(0xffffffffu, now.id, slot);
-            int32_t row = __shfl_sync(0xffffffffu, now.row, slot);
-            if (elect_one())
-                for (int box = 0; box < boxes; box++)
-                    tma_load_4d(destination + (box * TILE_KEYS + (piece << a.piece_shift)) * 128,
-                                map, full, 0, row, box, id);
-            __syncwarp();
-        }
         if (slot == 32) {
             slot = 0;
-            now = later;
-            later = load_pages(a, w, (tile + 1 << shift) + 32);
+            pages = place_pages(a, tile * PIECES, next);
+            next = load_page(a, w, tile * PIECES + 32);
         }
+        int32_t id[PIECES], row[PIECES];
+#pragma unroll
+        for (int piece = 0; piece < PIECES; piece++) {
+            id[piece] = __shfl_sync(0xffffffffu, pages.id, slot + piece);
+            row[piece] = __shfl_sync(0xffffffffu, pages.row, slot + piece);
+        }
+        barrier_wait(shared_address(&s.key_empty[keys.place]), keys.phase ^ 1);
+        if (elect_one()) {
+            s.masked[keys.place] = spread_mask<PIECES>(pages.masked >> slot);
+            barrier_expect(full, S::KEY_BYTES);
+#pragma unroll
+            for (int piece = 0; piece < PIECES; piece++)
+#pragma unroll
+                for (int box = 0; box < BOXES; box++)
+                    tma_load_4d(destination +
+                                    (box * TILE_KEYS + piece * (TILE_KEYS / PIECES)) * 128,
+                                map, full, 0, row[piece], box, id[piece]);
+        }
+        __syncwarp();
+        slot += PIECES;
         ring_step<S::STAGES, 1>(keys);
     }
 }
@@ -321,7 +367,7 @@ template <class S>
 __device__ void feed_tensors(const struct arguments &a, struct shared_memory<S> &s,
                              const CUtensorMap *query_map, const CUtensorMap *key_map) {
     struct ring queries = {0, 0}, keys = {0, 0};
-    struct walk w = walk_from(a, s.start);
+    struct walk w = find_run<S>(a, s);
     bool more;
     do {
         more = walk_next<S>(a, w);
@@ -333,10 +379,14 @@ __device__ void feed_tensors(const struct arguments &a, struct shared_memory<S> 
         }
         load_query<S>(a, s, query_map, w, queries.place);
         __syncwarp();
-        if (a.p.page_size)
-            load_paged_keys<S>(a, s, key_map, w, keys);
-        else
+        if (!a.p.page_size)
             load_dense_keys<S>(a, s, key_map, w, keys);
+        else if (a.piece_shift == 6)
+            load_paged_keys<S, 1>(a, s, key_map, w, keys);
+        else if (a.piece_shift == 5)
+            load_paged_keys<S, 2>(a, s, key_map, w, keys);
+        else
+            load_paged_keys<S, 4>(a, s, key_map, w, keys);
         ring_step<2, 1>(queries);
     } while (more);
 }
@@ -355,7 +405,7 @@ template <class S>
 __device__ __forceinline__ void feed_weights(const struct arguments &a, struct shared_memory<S> &s,
                                              const struct walk &w, int place) {
     int32_t bytes = S::HEADS * (a.p.weights_dtype == DTYPE_F32 ? 4 : 2);
-    const char *rows = (const char *)a.p.weights + w.batch * a.p.weights_batch_stride +
+    const char *rows = (const char *)a.p.weights + w.next.batch * a.p.weights_batch_stride +
                        (int64_t)(w.part.query_begin + w.query) * bytes;
     float weight[S::COLUMNS / 32];
 #pragma unroll
@@ -378,7 +428,7 @@ __device__ __forceinline__ void feed_weights(const struct arguments &a, struct s
 template <class S>
 __device__ void feed_items(const struct arguments &a, struct shared_memory<S> &s) {
     struct ring queries = {0, 0};
-    struct walk w = walk_from(a, s.start);
+    struct walk w = find_run<S>(a, s);
     int lane = threadIdx.x & 31;
     bool more;
     do {
@@ -396,7 +446,7 @@ __device__ void feed_items(const struct arguments &a, struct shared_memory<S> &s
             }
             if (lane == 0) {
                 int64_t row = w.query + (a.p.query_packed ? (int64_t)w.part.query_begin
-                                                          : w.batch * a.p.n_query);
+                                                          : w.next.batch * a.p.n_query);
                 int32_t key = w.begin * TILE_KEYS;
                 s.items[place] = {(row - a.line.row_begin) * a.scores_stride + key, key,
                                   w.end - w.begin};
@@ -589,6 +639,7 @@ __device__ void consume(const struct arguments &a, struct shared_memory<S> &s, i
                 item.scores += CONSUMERS * TILE_KEYS;
             }
         }
+        __syncwarp();
         if (lane == 0)
             barrier_arrive(shared_address(&s.query_empty[queries.place]));
     }
@@ -615,24 +666,27 @@ __global__ __launch_bounds__(THREADS, 1) void score_sm90(
     extern __shared__ __align__(1024) uint8_t raw[];
     struct shared_memory<S> &s = *(struct shared_memory<S> *)raw;
     long long begin = clock64();
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == THREADS - 1) {
         init_barriers<S>(s);
         tma_prefetch_map(&query_map);
         tma_prefetch_map(&key_map);
     }
-    find_run<S>(a, s);
+    launch_dependents();
+    if (chunk_size(a) > 1)
+        sum_chunks<S>(a, s);
+    __syncthreads();
     /* Through a shuffle, so that the compiler knows it, and all that follows from it, to be the
      * same in a warp. */
     int group = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
     if (group == CONSUMERS) {
-        registers_shrink<PRODUCER_REGISTERS>();
+        registers_shrink<S::PRODUCER_REGISTERS>();
         int warp = threadIdx.x / 32 % 4;
         if (warp == 0)
             feed_tensors<S>(a, s, &query_map, &key_map);
         else if (warp == 1)
             feed_items<S>(a, s);
     } else {
-        registers_grow<CONSUMER_REGISTERS>();
+        registers_grow<S::CONSUMER_REGISTERS>();
         consume<T, S>(a, s, group);
         if (a.cycles && threadIdx.x == 0)
             atomicAdd(a.cycles, (unsigned long long)(clock64() - begin));
@@ -657,12 +711,15 @@ encode_function tensor_map_encoder() {
 
 int encode_map(CUtensorMap *map, const struct problem *p, const void *base, int rank,
                const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box) {
-    static encode_function encode;
+    static encode_function found; /* racing threads store the same */
     const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
-    if (!encode)
+    encode_function encode = __atomic_load_n(&found, __ATOMIC_RELAXED);
+    if (!encode) {
         encode = tensor_map_encoder();
-    if (!encode)
-        return cudaErrorNotSupported;
+        if (!encode)
+            return cudaErrorNotSupported;
+        __atomic_store_n(&found, encode, __ATOMIC_RELAXED);
+    }
     CUresult result = encode(
         map, p->dtype == DTYPE_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         rank, (void *)base, sizes, strides, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -721,6 +778,11 @@ template <class T, class S> int launch(const struct slab *slab, cudaStream_t str
     if (!error)
         error = cudaFuncSetAttribute(score_sm90<T, S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                      bytes);
+    /* The schedule counts places in 32 bits. */
+    double places = (double)(slab->row_end - slab->row_begin) *
+                    (double)(slab->scores_stride / TILE_KEYS + 1 + S::CHARGE);
+    if (!error && places > INT32_MAX)
+        error = cudaErrorInvalidValue;
     if (error)
         return error;
     score_sm90<T, S><<<slab->n_sm, THREADS, bytes, stream>>>(a, query_map, key_map);
