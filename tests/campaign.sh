@@ -165,9 +165,10 @@ stage_tsan() {
 
 run_valgrind() {
     build "$work/plain" -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS=-g || return
-    for test in "test_operator --cases $valgrind_cases" test_arguments; do
+    for test in "test_operator --environment 0 --cases $valgrind_cases" test_arguments; do
         # shellcheck disable=SC2086 # a program and its arguments
-        valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite \
+        valgrind -q --error-exitcode=9 --leak-check=full --show-leak-kinds=definite \
+            --errors-for-leak-kinds=definite \
             "$work/plain/tests/"$test || return
     done
 }

@@ -53,7 +53,7 @@ done
 room 'src/cpu/plan.c src/cpu/plan.h' '"plan\.h"|"\.\./visible\.h"'
 room 'src/cuda/*.c' "$c|$public|$above|\"launch\.h\"|<cuda_runtime_api\.h>"
 room 'src/cuda/*.cu src/cuda/*.cuh src/cuda/*.h' \
-    "$c|\"(launch|schedule)\.h\"|\"(device|hopper)\.cuh\"|\"\.\./(problem|visible)\.h\"|<cuda[a-z0-9_]*\.h>"
+    "$c|\"(launch|schedule)\.h\"|\"[a-z0-9_]+\.cuh\"|\"\.\./(problem|visible)\.h\"|<cuda[a-z0-9_]*\.h>"
 
 verdict "$(grep -ln 'include.*src/' tools/*.[ch] bindings/*.[ch] examples/*.c 2>/dev/null || true)" \
     'tools, bindings and examples see include/ only'
