@@ -84,6 +84,14 @@ static __device__ __forceinline__ void store_shared_16(uint32_t address, uint4 x
                  : "memory");
 }
 
+/* Lets a kernel that is launched for it start while this one runs; it waits by itself for what
+ * this one writes. */
+static __device__ __forceinline__ void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 /* d = a * b + c for a 16 x 16 row-major, b 16 x 8 column-major; fp32 sums. */
 template <typename T>
 static __device__ __forceinline__ void matrix_multiply(float (&d)[4], const uint32_t (&a)[4],
