@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times the CUDA backend against the floors that this GPU has in the same run.
 
-    python3 bench/bench_cuda.py --library PATH [--json FILE] [--only TEXT] [--quick]
+    python3 bench/bench_cuda.py --library PATH [--json FILE] [--section NAME] [--only TEXT]
+                                [--kernel NAME] [--quick]
+    python3 bench/bench_cuda.py --merge FILE... --json FILE
 
 Every time is the median of CUDA-event times of whole runs (scores and ordered top-k), with 256 MB
-written between them so that nothing is left in L2. Floors: R is the rate of an 8192^3 bf16 matrix
+read between them so that nothing of theirs is left in L2, and no written lines whose way to memory
+would be charged to the next run. Floors: R is the rate of an 8192^3 bf16 matrix
 product (cuBLAS through torch), C that of a device copy, counting bytes read and written. The floor
 of a prefill is its visible pairs' products at R, of a decode step its keys' bytes at C.
 
@@ -21,6 +24,7 @@ import torch
 
 TOP_K = 2048
 FLUSH_BYTES = 256 << 20
+SECTIONS = ("prefill", "variants", "decode")
 
 
 class Device(ctypes.Structure):
@@ -180,7 +184,7 @@ def median_seconds(run, repeats, flush):
     times = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
+        flush.sum()
         start.record()
         run()
         end.record()
@@ -209,7 +213,7 @@ def split_seconds(run, flush):
 
         with profile(activities=[ProfilerActivity.CUDA]) as record:
             for _ in range(5):
-                flush.zero_()
+                flush.sum()
                 run()
             torch.cuda.synchronize()
         parts = {"scores": 0.0, "selection": 0.0}
@@ -263,10 +267,17 @@ def busy(library, problem, kernel):
 
 
 class Report:
-    def __init__(self, library, rates, flush, only, quick):
+    def __init__(self, library, rates, flush, options):
         self.library, self.rates, self.flush = library, rates, flush
-        self.only, self.quick = only, quick
+        self.only, self.quick, self.kernel = options.only, options.quick, options.kernel
+        self.path = options.json
         self.rows = []
+
+    def save(self):
+        """After each row, so that a run that is cut off leaves what it has."""
+        if self.path:
+            write_json(self.path, {"device": torch.cuda.get_device_name(), "rates": self.rates,
+                                   "forced_kernel": self.kernel, "rows": self.rows})
 
     def wants(self, name):
         return not self.only or self.only in name
@@ -276,7 +287,7 @@ class Report:
         name = problem.name + label
         if not self.wants(name):
             return None
-        run, workspace = self.library.runner(problem, kernel)
+        run, workspace = self.library.runner(problem, kernel or self.kernel)
         seconds = median_seconds(run, 5 if self.quick else repeats, self.flush)
         floor = problem.floor(self.rates)
         value = seconds if absolute else seconds / floor
@@ -285,8 +296,10 @@ class Report:
                "met": None if must is None else value <= must,
                "aim_met": None if aim is None else value <= aim,
                "workspace_mib": workspace / 2**20}
-        row.update({f"{k}_us": v * 1e6 for k, v in split_seconds(run, self.flush).items()})
+        if kernel is None:
+            row.update({f"{k}_us": v * 1e6 for k, v in split_seconds(run, self.flush).items()})
         self.rows.append(row)
+        self.save()
         self.show(row)
         return row
 
@@ -306,6 +319,7 @@ class Report:
         aim_met = None if aim is None else (value >= aim if more_is_better else value <= aim)
         self.rows.append({"case": name, "value": value, "must": must, "aim": aim, "met": good,
                           "aim_met": aim_met})
+        self.save()
         print(f"{name:38s} {value:10.3f}  must {must:g}" + (f", aim {aim:g}" if aim else "") +
               f" {'ok' if good else 'MISSED'}", flush=True)
 
@@ -326,8 +340,9 @@ def run_prefill(report):
         if row is None:
             continue
         other = report.add(problem, kernel="smxx", label=", smxx", repeats=min(repeats, 5))
-        report.ratio(f"{problem.name}: smxx / best", other["us"] / row["us"], 2.2)
-        share = busy(report.library, problem, None)
+        if report.kernel is None:
+            report.ratio(f"{problem.name}: smxx / best", other["us"] / row["us"], 2.2)
+        share = busy(report.library, problem, report.kernel)
         if share:
             must_busy = 0.97 if n_key == 65536 else 0.9
             report.ratio(f"{problem.name}: tensor cores busy", share, must_busy,
@@ -338,7 +353,7 @@ def run_prefill(report):
 
 
 def run_variants(report):
-    base = next((r for r in report.rows if r["case"] == "prefill 2048 x 65536"), None)
+    base = report.add(Prefill(2048, 65536), 1.15, 1.08, label=", bf16", repeats=11)
     half = report.add(Prefill(2048, 65536, dtype=torch.float16), 1.15, 1.08, label=", fp16",
                       repeats=11)
     if base and half:
@@ -358,32 +373,66 @@ def run_decode(report):
         torch.cuda.empty_cache()
 
 
+def write_json(path, content):
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+
+
+def summary(rows):
+    judged = [r for r in rows if r["met"] is not None]
+    missed = [r["case"] for r in judged if not r["met"]]
+    return (f"{len(judged) - len(missed)} of {len(judged)} bounds met" +
+            (f"; missed: {'; '.join(missed)}" if missed else ""))
+
+
+def merge(paths, target):
+    """Several sections' files as one; sections that left nothing are named."""
+    parts, rows, absent = {}, [], []
+    for path in paths:
+        name = path.rsplit("/", 1)[-1].removesuffix(".json")
+        retried = path.removesuffix(".json") + "_smxx.json"
+        found = False
+        for candidate in (path, retried):
+            try:
+                with open(candidate, encoding="utf-8") as file:
+                    part = json.load(file)
+            except (OSError, ValueError):
+                continue
+            found = True
+            label = f" ({part['forced_kernel']})" if part["forced_kernel"] else ""
+            rows += [{**row, "case": row["case"] + label} for row in part.pop("rows")]
+            parts[name + label] = part
+        if not found:
+            absent.append(name)
+    write_json(target, {"sections": parts, "absent": absent, "rows": rows})
+    print(summary(rows) + (f"; without results: {', '.join(absent)}" if absent else ""))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--library", required=True)
+    parser.add_argument("--library")
     parser.add_argument("--json")
+    parser.add_argument("--section", choices=SECTIONS, help="only this part of the table")
     parser.add_argument("--only", help="cases whose name contains this")
+    parser.add_argument("--kernel", help="force a score kernel where the table leaves the choice")
     parser.add_argument("--quick", action="store_true", help="5 repeats each")
+    parser.add_argument("--merge", nargs="+", metavar="FILE")
     options = parser.parse_args()
+    if options.merge:
+        merge(options.merge, options.json)
+        return
     torch.manual_seed(0)
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    flush = torch.zeros(FLUSH_BYTES // 4, device="cuda")
     rates = measure_rates(flush)
     print(f"{torch.cuda.get_device_name()}: bf16 matrix product {rates['R'] * 1e-12:.0f} TFLOP/s, "
           f"device copy {rates['C'] * 1e-12:.2f} TB/s", flush=True)
-    report = Report(Library(options.library), rates, flush, options.only, options.quick)
-    run_prefill(report)
-    run_variants(report)
-    run_decode(report)
+    report = Report(Library(options.library), rates, flush, options)
+    for section in SECTIONS:
+        if options.section in (None, section):
+            {"prefill": run_prefill, "variants": run_variants, "decode": run_decode}[section](report)
     after = measure_rates(flush)
     print(f"at the end: {after['R'] * 1e-12:.0f} TFLOP/s, {after['C'] * 1e-12:.2f} TB/s")
-    judged = [r for r in report.rows if r["met"] is not None]
-    missed = [r["case"] for r in judged if not r["met"]]
-    print(f"{len(judged) - len(missed)} of {len(judged)} bounds met" +
-          (f"; missed: {'; '.join(missed)}" if missed else ""))
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "rates": rates,
-                       "rates_at_end": after, "rows": report.rows}, file, indent=1)
+    print(summary(report.rows))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@
 #     bench/gpu_check.sh RESULTS_DIRECTORY [BUILD_DIRECTORY]
 #
 # Needs cmake, a C compiler, nvcc, compute-sanitizer, and for the benchmark a python3 with torch.
-# Writes gpu_check.txt (all that was said), gpu_check.json (steps) and bench_cuda.json. Fails when
-# a step failed; a missed speed bound is reported but is not a failure.
+# Writes gpu_check.txt (what was said), gpu_check.json (steps) and bench_cuda.json, all as far as it
+# came; logs of single tools stay in the build directory. Each step has a limit of time and the next ones go on
+# without it. Fails when a step failed; a missed speed bound is reported but is not a failure.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
 results=${1:?usage: bench/gpu_check.sh RESULTS_DIRECTORY [BUILD_DIRECTORY]}
@@ -63,35 +64,79 @@ link_programs() {
             -o "$build/libbench.so"
 }
 
-# The four tools at once: they are slow on the host's side, not on the GPU's.
-sanitize() {
-    local tool pids= names= code=0
-    for tool in memcheck racecheck initcheck synccheck; do
-        timeout 150 compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 \
-            "$build/test_cuda" --exact --sanitizer > "$build/$tool.txt" 2>&1 &
-        pids="$pids $!"
-        names="$names $tool"
+# The selection alone: every row against a sort.
+select_check() {
+    nvcc -std=c++17 -O3 -arch=native -Xcompiler -fopenmp "$root/tests/test_topk.cu" \
+        "$root/src/cuda/topk.cu" -o "$build/test_topk" && "$build/test_topk" check
+}
+
+# Both kernels at once, each in a process of its own: a fault ends only that.
+correctness() {
+    local kernel code=0
+    for kernel in smxx sm90; do
+        timeout 140 "$build/test_cuda" --kernel $kernel > "$build/test_$kernel.txt" 2>&1 &
     done
-    for pid in $pids; do
-        wait "$pid" || code=1
-    done
-    for tool in $names; do
-        printf '%s\n' "$tool:"
-        grep -E 'passed|ERROR SUMMARY|RACECHECK SUMMARY|Invalid|Uninit|Race|hazard' \
-            "$build/$tool.txt" | tail -n 8
-        cp "$build/$tool.txt" "$results/sanitizer_$tool.txt"
+    wait
+    for kernel in smxx sm90; do
+        printf '%s:\n' $kernel
+        tail -n 14 "$build/test_$kernel.txt"
+        tail -n 1 "$build/test_$kernel.txt" | grep -q ' passed, 0 failed$' || code=1
     done
     return $code
 }
-export -f sanitize
-export build results
 
-step build 300 bash -c "$(declare -f configure); root='$root' build='$build'; configure"
-step link 60 bash -c "$(declare -f link_programs); root='$root' build='$build'; link_programs"
-shown=16 step correctness 200 "$build/test_cuda"
-shown=24 step sanitizer 170 bash -c sanitize
-shown=70 step benchmark 200 python3 "$root/bench/bench_cuda.py" --library "$build/libbench.so" \
-    --json "$results/bench_cuda.json"
+# All tools and kernels at once: they are slow on the host's side, not on the GPU's. `barriers` is
+# how many barriers in shared memory two of them follow: up to 48 a block here.
+sanitize() {
+    local tool kernel barriers code=0 text
+    for tool in memcheck racecheck synccheck initcheck; do
+        barriers=
+        case $tool in racecheck | synccheck) barriers="--num-cuda-barriers 65536" ;; esac
+        for kernel in smxx sm90; do
+            timeout 100 compute-sanitizer --tool $tool $barriers --print-limit 3 \
+                "$build/test_cuda" --kernel $kernel --exact --sanitizer \
+                > "$build/${tool}_$kernel.txt" 2>&1 &
+        done
+    done
+    wait
+    for tool in memcheck racecheck synccheck initcheck; do
+        for kernel in smxx sm90; do
+            text=$build/${tool}_$kernel.txt
+            printf '%s, %s: ' $tool $kernel
+            grep -E ' passed, |SUMMARY' "$text" | tail -n 2 | tr '\n' ' '
+            printf '\n'
+            grep -E '=== +[A-Z]' "$text" | grep -vE 'SUMMARY|COMPUTE-SAN|Host|Saved' | cut -c1-150 |
+                sort | uniq -c | sort -rn | head -n 3
+            grep -qE ' passed, 0 failed' "$text" && grep -qE 'SUMMARY: 0 (errors|hazards)' "$text" ||
+                code=1
+        done
+    done
+    return $code
+}
+
+# One section of the table, in a process of its own: a fault ends only that. What fails with the
+# kernels of choice is measured with the one that runs everywhere.
+bench_section() {
+    python3 "$root/bench/bench_cuda.py" --library "$build/libbench.so" --section "$1" \
+        --json "$build/bench_$1.json" && return
+    printf 'section %s failed; once more with smxx\n' "$1"
+    python3 "$root/bench/bench_cuda.py" --library "$build/libbench.so" --section "$1" \
+        --kernel smxx --json "$build/bench_${1}_smxx.json"
+    return 1
+}
+export -f configure link_programs select_check correctness sanitize bench_section
+export root build results
+
+step build 240 bash -c configure
+step link 60 bash -c link_programs
+shown=4 step selection 60 bash -c select_check
+shown=30 step correctness 150 bash -c correctness
+shown=32 step sanitizer 110 bash -c sanitize
+for section in prefill variants decode; do
+    shown=40 step "benchmark $section" 80 bash -c "bench_section $section"
+done
+python3 "$root/bench/bench_cuda.py" --json "$results/bench_cuda.json" \
+    --merge "$build"/bench_{prefill,variants,decode}.json | tee -a "$log"
 
 gpu=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | head -n 1)
 printf '{"gpu":"%s","nvcc":"%s","failed":%d,"seconds":%d,"steps":[%s]}\n' "$gpu" \
