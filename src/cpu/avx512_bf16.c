@@ -34,11 +34,14 @@ enum {
     FETCH_AHEAD = 4, /* blocks from the one in work to the one fetched into L1 */
 };
 
-/* fp16 has no product instruction here; the path is that of avx512.c. */
+/* From avx512.c: the fp16 path, since fp16 has no product instruction here; and 16 rows of 16
+ * 32-bit elements, n of them given and the rest 0, written as columns. */
 size_t lidx_avx512_packed_size(int n_heads, int head_dim);
 void lidx_avx512_pack_fp16(void *packed, const struct query_row *row);
 void lidx_avx512_score_fp16(float *score, const void *packed, int n_heads, int head_dim,
                             const struct key_run *run);
+void lidx_avx512_transpose(void *out, int64_t out_stride, const void *rows, int64_t row_stride,
+                           int n);
 
 static int group_count(int n_heads) {
     return (n_heads + LANES - 1) / LANES;
@@ -49,26 +52,46 @@ static int panel_groups(int left) {
     return left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
 
+/* Up to 8 heads fill half a register, so each takes two lanes: the even one multiplies every other
+ * pair of elements, the odd one those between. */
+static int lanes_of_head(int n_heads) {
+    return n_heads <= LANES / 2 ? 2 : 1;
+}
+
 static size_t packed_size(int n_heads, int head_dim) {
-    return (size_t)group_count(n_heads) * LANES * sizeof(float) * (size_t)(1 + head_dim / 2);
+    int steps = head_dim / 2 / lanes_of_head(n_heads);
+    return (size_t)group_count(n_heads) * LANES * sizeof(float) * (size_t)(1 + steps);
+}
+
+static void pack_spread(unsigned char *out, float *weights, const struct query_row *row) {
+    const unsigned char *query = row->query;
+    for (int h = 0; h < row->n_heads; h++) {
+        weights[2 * h] = row->weights[h];
+        for (int s = 0; s < row->head_dim / 4; s++, query += 8)
+            memcpy(out + s * 64 + h * 8, query, 8);
+    }
 }
 
 static void pack(void *packed, const struct query_row *row) {
-    int groups = group_count(row->n_heads), steps = row->head_dim / 2;
+    const int groups = group_count(row->n_heads), steps = row->head_dim / 2;
+    const int row_bytes = 2 * row->head_dim;
     float *weights = packed;
     unsigned char *out = (unsigned char *)(weights + groups * LANES);
-    const unsigned char *query = row->query;
-    size_t row_bytes = (size_t)steps * 4;
-    memset(packed, 0, packed_size(row->n_heads, row->head_dim));
+    if (lanes_of_head(row->n_heads) == 2) {
+        memset(packed, 0, packed_size(row->n_heads, row->head_dim));
+        pack_spread(out, weights, row);
+        return;
+    }
+    memset(weights, 0, sizeof(float) * (size_t)(groups * LANES));
     memcpy(weights, row->weights, sizeof(float) * (size_t)row->n_heads);
-    for (int first = 0; first < groups; first += panel_groups(groups - first)) {
-        int lanes = panel_groups(groups - first) * LANES;
-        int used = row->n_heads - first * LANES;
-        for (int s = 0; s < steps; s++) {
-            for (int lane = 0; lane < lanes && lane < used; lane++)
-                memcpy(out + 4 * lane, query + (size_t)(first * LANES + lane) * row_bytes + 4 * s,
-                       4);
-            out += 4 * lanes;
+    for (int first = 0, P; first < groups; first += P, out += steps * P * 64) {
+        P = panel_groups(groups - first);
+        for (int g = 0; g < P; g++) {
+            int head = (first + g) * LANES, left = row->n_heads - head;
+            for (int s = 0; s < steps; s += LANES)
+                lidx_avx512_transpose(out + (s * P + g) * 64, P * 64,
+                                      (const unsigned char *)row->query + head * row_bytes + 4 * s,
+                                      row_bytes, left < LANES ? left : LANES);
         }
     }
 }
@@ -88,10 +111,26 @@ struct ahead {
     int64_t step;
 };
 
+/* S pairs of a key, over and over. The empty statement keeps clang from loading the two pairs of
+ * all 16 keys before it uses the first, which spills. */
+INLINE __m512bh broadcast(const unsigned char *pairs, int S) {
+    if (S == 2) {
+        long long two;
+        memcpy(&two, pairs, 8);
+        __m512i both = _mm512_set1_epi64(two);
+        __asm__ volatile("" : "+v"(both));
+        return (__m512bh)both;
+    }
+    int one;
+    memcpy(&one, pairs, 4);
+    return (__m512bh)_mm512_set1_epi32(one);
+}
+
 /* A panel of P groups against the 16 keys of a block: sums[j] gets, or is raised by, key j's
- * weighted ReLUs, a lane for each 16th head. `last` masks the lanes of the panel's last group. */
+ * weighted ReLUs, a lane for each 16th head. S lanes share a head. `last` masks the lanes of the
+ * panel's last group. */
 INLINE void panel(float sums[KEY_BLOCK][LANES], const unsigned char *query, const float *weights,
-                  const unsigned char *keys, struct ahead ahead, int P, int D, int first,
+                  const unsigned char *keys, struct ahead ahead, int P, int S, int D, int first,
                   __mmask16 last) {
     const int K = LANES / P, row_bytes = 2 * D;
     for (int j = 0; j < KEY_BLOCK; j += K, keys += K * row_bytes) {
@@ -100,7 +139,7 @@ INLINE void panel(float sums[KEY_BLOCK][LANES], const unsigned char *query, cons
         UNROLL
         for (int i = 0; i < 16; i++)
             dot[i] = _mm512_setzero_ps();
-        for (int d = 0; d < D; d += 2 * STEPS) {
+        for (int d = 0; d < D; d += 2 * S * STEPS, q += STEPS * P * 64, k += STEPS * 4 * S) {
             UNROLL
             for (int s = 0; s < STEPS; s++) {
                 __m512bh qv[4];
@@ -109,30 +148,33 @@ INLINE void panel(float sums[KEY_BLOCK][LANES], const unsigned char *query, cons
                     qv[g] = (__m512bh)_mm512_load_si512(q + (s * P + g) * 64);
                 UNROLL
                 for (int i = 0; i < K; i++) {
-                    int pair;
-                    memcpy(&pair, k + i * row_bytes + 4 * s, 4);
-                    __m512bh kv = (__m512bh)_mm512_set1_epi32(pair);
+                    __m512bh kv = broadcast(k + i * row_bytes + 4 * S * s, S);
                     UNROLL
                     for (int g = 0; g < P; g++)
                         dot[i * P + g] = _mm512_dpbf16_ps(dot[i * P + g], qv[g], kv);
                 }
-                /* K rows of 2 D bytes in D / 2 steps: a line every 16 / K = P steps. */
+                /* K rows of 2 D bytes in D / 2 / S steps: S lines every 16 / K = P steps. */
                 if (s % P == 0) {
                     _mm_prefetch((const char *)ahead.line, _MM_HINT_T0);
                     ahead.line += ahead.step;
                 }
+                if (s % P == 0 && S == 2) {
+                    _mm_prefetch((const char *)ahead.line, _MM_HINT_T0);
+                    ahead.line += ahead.step;
+                }
             }
-            q += STEPS * P * 64;
-            k += STEPS * 4;
         }
         UNROLL
         for (int i = 0; i < K; i++) {
             __m512 sum = first ? _mm512_setzero_ps() : _mm512_load_ps(sums[j + i]);
             UNROLL
             for (int g = 0; g < P; g++) {
+                __m512 x = dot[i * P + g];
+                if (S == 2) /* the neighbour's half; the mask keeps the even lanes */
+                    x = _mm512_add_ps(x, _mm512_permute_ps(x, 0xB1));
                 /* The second operand is what MAX returns beside a NaN. */
                 __m512 relu = _mm512_maskz_max_ps(g == P - 1 ? last : (__mmask16)0xFFFF,
-                                                  _mm512_setzero_ps(), dot[i * P + g]);
+                                                  _mm512_setzero_ps(), x);
                 sum = _mm512_fmadd_ps(relu, _mm512_load_ps(weights + g * LANES), sum);
             }
             _mm512_store_ps(sums[j + i], sum);
@@ -163,7 +205,8 @@ INLINE __m512 add_lanes(float sums[KEY_BLOCK][LANES]) {
                          _mm512_shuffle_f32x4(halves[0], halves[1], 0xDD));
 }
 
-/* The block to fetch while block b is scored; without one, `here` again and again, which is free. */
+/* The block to fetch while block b is scored; without one, the same line again and again, which is
+ * free. */
 INLINE struct ahead ahead_of(const struct key_run *run, int blocks, int b, const void *here) {
     int next = b + FETCH_AHEAD;
     if (next < blocks + run->n_ahead)
@@ -171,11 +214,18 @@ INLINE struct ahead ahead_of(const struct key_run *run, int blocks, int b, const
     return (struct ahead){here, 0};
 }
 
+/* The lanes of the last group that stand for heads. */
+static __mmask16 last_lanes(int n_heads) {
+    if (lanes_of_head(n_heads) == 2)
+        return (__mmask16)(0x5555 >> (LANES - 2 * n_heads));
+    return (__mmask16)(0xFFFF >> (group_count(n_heads) * LANES - n_heads));
+}
+
 INLINE void score_blocks(float *score, const void *packed, int n_heads, const struct key_run *run,
                          int D) {
-    const int groups = group_count(n_heads);
+    const int groups = group_count(n_heads), spread = lanes_of_head(n_heads) == 2;
     const float *weights = packed;
-    const __mmask16 last = (__mmask16)(0xFFFF >> (groups * LANES - n_heads));
+    const __mmask16 last = last_lanes(n_heads);
     const int blocks = (run->n_keys + KEY_BLOCK - 1) / KEY_BLOCK;
     float sums[KEY_BLOCK][LANES] __attribute__((aligned(64)));
     unsigned char copy[KEY_BLOCK * 2 * MAX_HEAD_DIM] __attribute__((aligned(64)));
@@ -189,12 +239,15 @@ INLINE void score_blocks(float *score, const void *packed, int n_heads, const st
         for (int g = 0; g < groups;) {
             int P = panel_groups(groups - g), first = g == 0;
             __mmask16 mask = g + P == groups ? last : (__mmask16)0xFFFF;
+            const float *w = weights + g * LANES;
             if (P == 4)
-                panel(sums, query, weights + g * LANES, keys, ahead, 4, D, first, mask);
+                panel(sums, query, w, keys, ahead, 4, 1, D, first, mask);
             else if (P == 2)
-                panel(sums, query, weights + g * LANES, keys, ahead, 2, D, first, mask);
+                panel(sums, query, w, keys, ahead, 2, 1, D, first, mask);
+            else if (!spread)
+                panel(sums, query, w, keys, ahead, 1, 1, D, first, mask);
             else
-                panel(sums, query, weights + g * LANES, keys, ahead, 1, D, first, mask);
+                panel(sums, query, w, keys, ahead, 1, 2, D, first, mask);
             query += D / 2 * P * 64;
             g += P;
             ahead = (struct ahead){keys, 0}; /* the first panel has fetched all */
