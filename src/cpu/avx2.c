@@ -58,25 +58,47 @@ INLINE __m256 widen(const unsigned char *halves, int dtype) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
+/* n rows of 8 floats, and zeros for those that are missing, written as columns. */
+INLINE void transpose(float *out, int out_stride, const unsigned char *rows, int row_bytes, int n,
+                      int dtype) {
+    __m256 r[LANES], t[LANES];
+    UNROLL
+    for (int i = 0; i < LANES; i++)
+        r[i] = i < n ? widen(rows + i * row_bytes, dtype) : _mm256_setzero_ps();
+    UNROLL
+    for (int i = 0; i < LANES; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    UNROLL
+    for (int i = 0; i < LANES; i += 4) {
+        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
+        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+    }
+    UNROLL
+    for (int c = 0; c < 4; c++) {
+        _mm256_store_ps(out + c * out_stride, _mm256_permute2f128_ps(r[c], r[4 + c], 0x20));
+        _mm256_store_ps(out + (4 + c) * out_stride, _mm256_permute2f128_ps(r[c], r[4 + c], 0x31));
+    }
+}
+
 INLINE void pack(void *packed, const struct query_row *row, int dtype) {
-    int groups = group_count(row->n_heads), D = row->head_dim;
+    const int groups = group_count(row->n_heads), D = row->head_dim;
     float *weights = packed, *masks = weights + groups * LANES, *out = masks + groups * LANES;
-    const unsigned char *query = row->query;
-    memset(packed, 0, packed_size(row->n_heads, D));
+    memset(weights, 0, 2 * sizeof(float) * (size_t)(groups * LANES));
     memcpy(weights, row->weights, sizeof(float) * (size_t)row->n_heads);
     memset(masks, 0xFF, sizeof(float) * (size_t)row->n_heads);
-    for (int first = 0; first < groups; first += panel_groups(groups - first)) {
-        int lanes = panel_groups(groups - first) * LANES;
-        for (int lane = 0; lane < lanes && first * LANES + lane < row->n_heads; lane++) {
-            const unsigned char *head = query + (size_t)(first * LANES + lane) * 2 * (size_t)D;
-            for (int d = 0; d < D; d += LANES) {
-                float wide[LANES] __attribute__((aligned(32)));
-                _mm256_store_ps(wide, widen(head + 2 * d, dtype));
-                for (int i = 0; i < LANES; i++)
-                    out[(d + i) * lanes + lane] = wide[i];
-            }
+    for (int first = 0, P; first < groups; first += P, out += D * P * LANES) {
+        P = panel_groups(groups - first);
+        for (int g = 0; g < P; g++) {
+            int head = (first + g) * LANES, left = row->n_heads - head;
+            for (int d = 0; d < D; d += LANES)
+                transpose(out + (d * P + g) * LANES, P * LANES,
+                          (const unsigned char *)row->query + 2 * (head * D + d), 2 * D,
+                          left < LANES ? left : LANES, dtype);
         }
-        out += D * lanes;
     }
 }
 
