@@ -60,9 +60,9 @@ int lidx_launch_score_sm90(const struct slab *s, void *stream);
  * and how many visible pages had an id out of range. Once a run; score kernels only clamp. */
 int lidx_launch_count(const struct slab *s, void *stream);
 
-/* Clears the counters in the scratch of a run, given any of its slabs; the caller then sets
- * `prepared` in all of them. Without it the first lidx_launch_topk does this, between the scores
- * and the selection, where the second could otherwise be under way before the first has ended. */
+/* Clears the counters in the scratch of a run, if it will need them, given its first slab; the
+ * caller then sets `prepared` in all of its slabs. Without it the first lidx_launch_topk does this,
+ * between scores and selection, where the one could be under way before the other has ended. */
 int lidx_prepare_topk(const struct slab *s, void *stream);
 
 /* Orders and writes every output row of the slab: indices, and values if asked for. On SM90 and

@@ -150,21 +150,55 @@ static __device__ __forceinline__ void filter_part(struct shared<Z> *s, uint64_t
     __syncthreads();
 }
 
-/* Brings the regions of all blocks of a row into the list. */
+/* Lists a raw score as its key. The key, if it lies in the last bin; else the edge. */
+template <class Z>
+static __device__ __forceinline__ uint32_t take_raw(struct shared<Z> *s, uint32_t at, uint64_t raw,
+                                                    uint32_t edge) {
+    uint32_t key = key_of(__uint_as_float((uint32_t)(raw >> 32)));
+    if (at < Z::LIST) {
+        s->list[at] = pair(key, (uint32_t)raw);
+        atomicAdd(&s->hist[key >> 21], 1u);
+    }
+    return key >> 21 == edge >> 21 ? key : edge;
+}
+
+/* Brings the regions of all blocks of a row into the list, as keys, and counts these into an empty
+ * histogram. Some warps share a region where regions are few; each takes every so manieth group of
+ * 32. The first groups are read before their number is known, to wait once and not twice. */
 template <class Z>
 static __device__ __forceinline__ void gather(struct shared<Z> *s, const uint64_t *region,
-                                              const uint32_t *found, uint32_t blocks) {
-    for (uint32_t b = threadIdx.x / LANES; b < blocks; b += Z::WARPS) {
-        uint32_t count = __ldcg(found + b), kept = min(count, (uint32_t)SPLIT_ROOM - 4), at = 0;
-        if (lane_id() == 0) {
-            at = atomicAdd(&s->n_list, kept);
+                                              const uint32_t *found, uint32_t blocks,
+                                              uint32_t edge) {
+    const uint32_t EARLY = 4, lane = lane_id();
+    uint32_t share = max(Z::WARPS / blocks, 1u), low = edge;
+    for (uint32_t w = threadIdx.x / LANES; w < blocks * share; w += Z::WARPS) {
+        uint32_t block = w % blocks, first = w / blocks, at = 0;
+        const unsigned long long *from = (const unsigned long long *)region + block * SPLIT_ROOM;
+        uint64_t early[EARLY];
+#pragma unroll
+        for (uint32_t g = 0; g < EARLY; g++)
+            early[g] = __ldcg(from + (first + g * share) * LANES + lane);
+        uint32_t count = __ldcg(found + block), kept = min(count, (uint32_t)SPLIT_ROOM - 4);
+        uint32_t full = kept / LANES, groups = (full + share - 1 - first) / share;
+        uint32_t mine = groups * LANES + (full % share == first ? kept % LANES : 0);
+        if (lane == 0) {
+            at = atomicAdd(&s->n_list, mine);
             if (kept < count)
                 s->flag = 1; /* the region lost some */
         }
         at = __shfl_sync(ALL_LANES, at, 0);
-        for (uint32_t j = lane_id(); j < kept && at + j < Z::LIST; j += LANES)
-            s->list[at + j] = __ldcg((const unsigned long long *)region + b * SPLIT_ROOM + j);
+#pragma unroll
+        for (uint32_t g = 0; g < EARLY; g++)
+            if (g * LANES + lane < mine)
+                low = min(low, take_raw(s, at + g * LANES + lane, early[g], edge));
+        for (uint32_t g = EARLY; g * LANES + lane < mine; g++)
+            low = min(low, take_raw(s, at + g * LANES + lane,
+                                    __ldcg(from + (first + g * share) * LANES + lane), edge));
     }
+    __syncwarp();
+    low = __reduce_min_sync(ALL_LANES, low);
+    if (lane == 0)
+        atomicMin(&s->last_low, low);
     __syncthreads();
 }
 
@@ -195,7 +229,8 @@ split_kernel(const __grid_constant__ struct launch l) {
     uint64_t *region = l.region + (uint64_t)number * l.blocks * SPLIT_ROOM;
     uint32_t *found = l.found + number * l.blocks;
 
-    float4 ahead = load4(score, begin + 4 * threadIdx.x, end);
+    uint32_t mine = begin + 4 * threadIdx.x;
+    float4 ahead = mine + 4 <= end ? *(const float4 *)(score + mine) : load4(score, mine, end);
     uint32_t edge = sampled_edge(s, score, n, p->top_k);
     if (edge != KEY_MASKED)
         filter_part(s, region + block * SPLIT_ROOM, score, begin, end, ahead, score_of(edge));
@@ -209,21 +244,21 @@ split_kernel(const __grid_constant__ struct launch l) {
     if (!s->flag)
         return;
     __syncthreads();
+    zero<Z, BINS>(s->hist);
     if (threadIdx.x == 0) {
         l.arrived[number] = 0;
         s->n_list = 0;
         s->flag = 0;
+        s->last_low = s->last_high = edge;
     }
     __syncthreads();
     if (edge != KEY_MASKED)
-        gather(s, region, found, busy);
+        gather(s, region, found, busy, edge);
     uint32_t n_list = s->n_list;
-    if (n_list >= (uint32_t)p->top_k && n_list <= Z::LIST && !s->flag) {
-        make_keys(s, n_list);
-        table_from_list<Z>(edge);
-    } else if (n_list <= Z::LIST || !plateau_select<Z>()) {
+    if (n_list >= (uint32_t)p->top_k && n_list <= Z::LIST && !s->flag)
+        scan_hist(s, 1, 0, 1);
+    else if (n_list <= Z::LIST || !plateau_select<Z>())
         exact_select<Z>(0);
-    }
     finish_row(s, p);
 }
 
@@ -285,8 +320,18 @@ static cudaError_t start(void (*kernel)(struct launch), struct launch *l, int64_
     return cudaLaunchKernelExC(&config, (const void *)kernel, arguments);
 }
 
+/* Keys that a row can have here. */
+static int64_t slab_keys(const struct slab *s) {
+    return s->p.n_key < s->scores_stride ? s->p.n_key : s->scores_stride;
+}
+
+static uint32_t slab_blocks(const struct slab *s) {
+    return blocks_per_row(s->row_end - s->row_begin, slab_keys(s), s->p.top_k, s->n_sm);
+}
+
 int lidx_prepare_topk(const struct slab *s, void *stream) {
-    if (!s->scratch)
+    int only = s->row_end - s->row_begin >= lidx_rows(&s->p); /* the run's only slab */
+    if (!s->scratch || (only && slab_blocks(s) == 1))
         return cudaSuccess;
     return cudaMemsetAsync(s->scratch, 0, counter_bytes(s->n_sm), (cudaStream_t)stream);
 }
@@ -294,10 +339,9 @@ int lidx_prepare_topk(const struct slab *s, void *stream) {
 int lidx_launch_topk(const struct slab *s, void *stream) {
     cudaStream_t on = (cudaStream_t)stream;
     int64_t rows = s->row_end - s->row_begin;
-    int64_t max_key = s->p.n_key < s->scores_stride ? s->p.n_key : s->scores_stride;
     struct launch l;
     l.slab = *s;
-    l.blocks = blocks_per_row(rows, max_key, s->p.top_k, s->n_sm);
+    l.blocks = slab_blocks(s);
     l.arrived = (uint32_t *)s->scratch;
     l.found = (uint32_t *)((char *)s->scratch + counter_bytes(s->n_sm));
     l.region = (uint64_t *)((char *)s->scratch + 2 * counter_bytes(s->n_sm));

@@ -137,11 +137,11 @@ template <class Z> static __device__ __noinline__ void exact_select(int known) {
     }
     uint32_t edge = s->prefix << shift | ((1u << shift) - 1);
     collect<Z>(edge, s->better + s->count <= Z::LIST ? KEEP_ALL : s->row.top_k - s->better);
-    table_from_list<Z>(edge);
+    table_from_list<Z>(edge, 0);
 }
 
 /* Where a threshold let more pass than the list holds, equal scores are the usual cause. If most
- * of the listed (raw) items equal the worst of them, one pass takes all that are better and the
+ * of the listed items equal the worst of them, one pass takes all that are better and the
  * first top_k of the equals. Returns 0, with the list lost, if it was not so. */
 template <class Z> static __device__ __noinline__ int plateau_select(void) {
     struct shared<Z> *s = shared_memory<Z>();
@@ -151,7 +151,7 @@ template <class Z> static __device__ __noinline__ int plateau_select(void) {
         return 0;
     uint32_t worst = 0, equal = 0, total;
     for (uint32_t j = threadIdx.x; j < listed; j += Z::THREADS)
-        worst = max(worst, key_of(__uint_as_float((uint32_t)(s->list[j] >> 32))));
+        worst = max(worst, (uint32_t)(s->list[j] >> 32));
     worst = __reduce_max_sync(ALL_LANES, worst);
     __syncthreads();
     if (threadIdx.x == 0)
@@ -162,7 +162,7 @@ template <class Z> static __device__ __noinline__ int plateau_select(void) {
     __syncthreads();
     worst = s->last_high;
     for (uint32_t j = threadIdx.x; j < listed; j += Z::THREADS)
-        equal += key_of(__uint_as_float((uint32_t)(s->list[j] >> 32))) == worst;
+        equal += s->list[j] >> 32 == worst;
     block_before(s, equal, 0, &total);
     if (2 * total < listed)
         return 0;
@@ -170,7 +170,7 @@ template <class Z> static __device__ __noinline__ int plateau_select(void) {
     uint32_t n_list = s->n_list;
     if (n_list > Z::LIST - top_k || n_list + s->n_tied < top_k)
         return 0;
-    table_from_list<Z>(worst);
+    table_from_list<Z>(worst, 0);
     return 1;
 }
 
@@ -262,27 +262,19 @@ template <class Z> static __device__ __noinline__ void feed_short(void) {
     if (s->total == 0)
         return;
     uint32_t bin = s->bin, before = s->before, count = s->count;
-    uint32_t edge = bin << 21 | 0x1FFFFFu, at = 0, found = 0;
+    uint32_t edge = bin << 21 | 0x1FFFFFu, take = 0;
     if (before + count > Z::LIST) {
         narrow_short<Z>();
         return;
     }
-    /* By ballots, so that the lanes of a store write side by side. */
 #pragma unroll
     for (uint32_t i = 0; i < GROUPS * 4; i++)
-        found += __popc(__ballot_sync(ALL_LANES, key[i] <= edge));
-    if (lane_id() == 0)
-        at = atomicAdd(&s->n_list, found);
-    at = __shfl_sync(ALL_LANES, at, 0);
-    uint32_t lower_lanes = (1u << lane_id()) - 1;
+        take += key[i] <= edge;
+    uint64_t *to = s->list + reserve(s, take);
 #pragma unroll
-    for (uint32_t i = 0; i < GROUPS * 4; i++) {
-        uint32_t who = __ballot_sync(ALL_LANES, key[i] <= edge);
+    for (uint32_t i = 0; i < GROUPS * 4; i++)
         if (key[i] <= edge)
-            s->list[at + __popc(who & lower_lanes)] =
-                pair(key[i], 4 * (i / 4 * Z::THREADS + threadIdx.x) + i % 4);
-        at += __popc(who);
-    }
+            *to++ = pair(key[i], 4 * (i / 4 * Z::THREADS + threadIdx.x) + i % 4);
     __syncthreads();
     if (count > WIDE_BIN)
         measure_last_bin<Z>();
@@ -388,15 +380,6 @@ static __device__ __forceinline__ void stream(struct shared<Z> *s, const float *
     __syncthreads();
 }
 
-/* Raw scores in the list become keys. */
-template <class Z>
-static __device__ __forceinline__ void make_keys(struct shared<Z> *s, uint32_t n_list) {
-    for (uint32_t j = threadIdx.x; j < n_list; j += Z::THREADS) {
-        uint64_t item = s->list[j];
-        s->list[j] = pair(key_of(__uint_as_float((uint32_t)(item >> 32))), (uint32_t)item);
-    }
-}
-
 template <class Z> static __device__ __noinline__ void feed_long(void) {
     struct shared<Z> *s = shared_memory<Z>();
     const float *score = s->row.score;
@@ -406,12 +389,14 @@ template <class Z> static __device__ __noinline__ void feed_long(void) {
         stream(s, score, n, score_of(edge));
         uint32_t n_list = s->n_list;
         if (n_list >= top_k && n_list <= Z::LIST) {
-            make_keys(s, n_list);
-            table_from_list<Z>(edge);
+            table_from_list<Z>(edge, 1);
             return;
         }
-        if (n_list > Z::LIST && plateau_select<Z>())
-            return;
+        if (n_list > Z::LIST) {
+            table_from_list<Z>(edge, 1);
+            if (plateau_select<Z>())
+                return;
+        }
     }
     exact_select<Z>(0);
 }

@@ -291,8 +291,9 @@ static __device__ __forceinline__ void write_row(struct shared<Z> *s, const stru
                           : __uint_as_float(0xFF800000u));
 }
 
-/* Builds the table of sums from the list itself. `high` bounds its keys. */
-template <class Z> static __device__ __noinline__ void table_from_list(uint32_t high) {
+/* Builds the table of sums from the list itself, `raw` if it holds scores that are not keys yet.
+ * `high` bounds its keys. */
+template <class Z> static __device__ __noinline__ void table_from_list(uint32_t high, int raw) {
     struct shared<Z> *s = shared_memory<Z>();
     uint32_t n_list = s->n_list;
     zero<Z, BINS>(s->hist);
@@ -307,6 +308,10 @@ template <class Z> static __device__ __noinline__ void table_from_list(uint32_t 
         uint32_t j = i * Z::THREADS + threadIdx.x;
         if (j < n_list) {
             uint32_t key = s->list[j] >> 32;
+            if (raw) {
+                key = key_of(__uint_as_float(key));
+                s->list[j] = pair(key, (uint32_t)s->list[j]);
+            }
             atomicAdd(&s->hist[key >> 21], 1u);
             if (key >> 21 == high >> 21)
                 low = min(low, key);
