@@ -6,9 +6,9 @@
  *
  * Cutting and ordering both look at the range that the entries really span, so that scores
  * crowded around +100 or spread over 1e-8 are resolved alike: cutting divides the range into 2^11
- * equal bins and counts; ordering is a radix sort on the 22 highest bits in which the entries
- * differ. A bin or a run that is not resolved by these bits is treated the same way again, with
- * its own, narrower range: 64 bits are used up after six rounds whatever the input.
+ * equal bins and counts; ordering is a radix sort on the highest bits, 22 at most, in which the
+ * entries differ. A bin or a run that is not resolved by these bits is treated the same way again,
+ * with its own, narrower range: each round uses up 11 bits or more of 64, whatever the input.
  */
 #include "topk.h"
 
@@ -135,29 +135,39 @@ static void insertion_sort(uint64_t *entry, int n) {
     }
 }
 
-static void begin_from_count(uint32_t count[BINS]) {
+static void begin_from_count(uint32_t *count, int bins) {
     uint32_t begin = 0;
-    for (int b = 0; b < BINS; b++) {
+    for (int b = 0; b < bins; b++) {
         uint32_t n = count[b];
         count[b] = begin;
         begin += n;
     }
 }
 
-/* Sorts by the 2 x BITS bits of (high - entry) >> shift, ascending: best first. */
-static void radix_sort(uint64_t *entry, uint64_t *spare, int n, uint64_t high, int shift) {
-    uint32_t lower[BINS] = {0}, upper[BINS] = {0};
+/* About one bin an entry: with fewer entries, clearing and summing bins would be most of it. */
+static int digit_bits(int n) {
+    int bits = 32 - __builtin_clz((unsigned)(n - 1));
+    return bits < BITS ? bits : BITS;
+}
+
+/* Sorts by the two digits of (high - entry) >> shift, ascending: best first. */
+static void radix_sort(uint64_t *entry, uint64_t *spare, int n, uint64_t high, int shift,
+                       int bits) {
+    uint32_t lower[BINS], upper[BINS];
+    uint64_t mask = ((uint64_t)1 << bits) - 1;
+    memset(lower, 0, sizeof *lower << bits);
+    memset(upper, 0, sizeof *upper << bits);
     for (int i = 0; i < n; i++) {
         uint64_t digits = (high - entry[i]) >> shift;
-        lower[digits % BINS]++;
-        upper[digits >> BITS]++;
+        lower[digits & mask]++;
+        upper[digits >> bits]++;
     }
-    begin_from_count(lower);
-    begin_from_count(upper);
+    begin_from_count(lower, 1 << bits);
+    begin_from_count(upper, 1 << bits);
     for (int i = 0; i < n; i++)
-        spare[lower[(high - entry[i]) >> shift & (BINS - 1)]++] = entry[i];
+        spare[lower[(high - entry[i]) >> shift & mask]++] = entry[i];
     for (int i = 0; i < n; i++)
-        entry[upper[(high - spare[i]) >> shift >> BITS]++] = spare[i];
+        entry[upper[(high - spare[i]) >> shift >> bits]++] = spare[i];
 }
 
 /* Best first; `spare` has room for n. */
@@ -167,8 +177,8 @@ static void sort(const struct topk_loops *loops, uint64_t *entry, uint64_t *spar
         return;
     }
     struct topk_range r = loops->range(entry, n);
-    int shift = range_shift(r, 2 * BITS);
-    radix_sort(entry, spare, n, r.high, shift);
+    int bits = digit_bits(n), shift = range_shift(r, 2 * bits);
+    radix_sort(entry, spare, n, r.high, shift, bits);
     /* What may be out of order are runs that agree in all these bits: rare and short on ordinary
      * scores. Runs of equal scores are long, but in order: they came by ascending position, and
      * the radix sort is stable. */
