@@ -466,12 +466,6 @@ __device__ __forceinline__ float relu(float x) {
     return result;
 }
 
-#ifdef RELU_COMPARE
-#define ACCUMULATE(s, w, x) (!((x) <= 0) ? __fmaf_rn(w, x, s) : (s))
-#else
-#define ACCUMULATE(s, w, x) __fmaf_rn(w, relu(x), s)
-#endif
-
 /* The lane's share of the head sum of its query in `group`, for key row 0 or 1 of its two. */
 template <class S>
 __device__ __forceinline__ float lane_sum(const float (&dot)[S::COLUMNS / 2],
@@ -487,10 +481,7 @@ __device__ __forceinline__ float lane_sum(const float (&dot)[S::COLUMNS / 2],
             float w = weight[2 * (group * STEPS + g) + b];
             float x = dot[4 * (group * STEPS + g) + 2 * row + b];
             float &sum = chain[g % PAIRS][b];
-            if (g < PAIRS)
-                sum = ACCUMULATE(0.0f, w, x);
-            else
-                sum = ACCUMULATE(sum, w, x);
+            sum = __fmaf_rn(w, relu(x), g < PAIRS ? 0.0f : sum);
         }
     float pair[PAIRS];
 #pragma unroll
@@ -813,7 +804,6 @@ int launch_columns(const struct slab *s, cudaStream_t stream) {
 
 template <class T, int DIM> int launch_heads(const struct slab *s, cudaStream_t stream) {
     switch (s->p.n_heads) {
-#ifndef ONLY64
     case 8:
         return launch_columns<T, 8, DIM>(s, stream);
     case 16:
@@ -822,7 +812,6 @@ template <class T, int DIM> int launch_heads(const struct slab *s, cudaStream_t 
         return launch_columns<T, 32, DIM>(s, stream);
     case 128:
         return launch_columns<T, 128, DIM>(s, stream);
-#endif
     case 64:
         return launch_columns<T, 64, DIM>(s, stream);
     default:
@@ -831,10 +820,8 @@ template <class T, int DIM> int launch_heads(const struct slab *s, cudaStream_t 
 }
 
 template <class T> int launch_dim(const struct slab *s, cudaStream_t stream) {
-#ifndef ONLY64
     if (s->p.head_dim == 64)
         return launch_heads<T, 64>(s, stream);
-#endif
     return launch_heads<T, 128>(s, stream);
 }
 
@@ -867,11 +854,7 @@ extern "C" int lidx_launch_score_sm90(const struct slab *s, void *stream) {
         return cudaSuccess;
     if (s->p.dtype == DTYPE_BF16)
         return launch_dim<__nv_bfloat16>(s, (cudaStream_t)stream);
-#ifndef ONLY64
     return launch_dim<__half>(s, (cudaStream_t)stream);
-#else
-    return 1;
-#endif
 }
 
 /* For the benchmark alone: from now on each CTA adds the SM cycles that it runs to *counter, in
