@@ -60,6 +60,16 @@ class Args(ctypes.Structure):
     ]
 
 
+class Options(ctypes.Structure):
+    """struct lidx_options."""
+
+    _fields_ = [
+        ("size", ctypes.c_size_t),
+        ("n_threads", ctypes.c_int32),
+        ("kernel", ctypes.c_char_p),
+    ]
+
+
 class KernelInfo(ctypes.Structure):
     """struct lidx_kernel_info."""
 
@@ -115,13 +125,19 @@ def check(status):
         raise RuntimeError(library.lidx_last_error().decode())
 
 
+_first_process = os.getpid()
+
+
 class _Context:
     """A lidx_context; it is freed with the thread that owns it."""
 
     def __init__(self):
         self.handle = ctypes.c_void_p()
         self.process = os.getpid()
-        check(library.lidx_create(ctypes.byref(self.handle), None))
+        options = Options(size=ctypes.sizeof(Options))
+        # OpenMP's threads do not survive a fork, so a forked child works on one.
+        options.n_threads = 0 if self.process == _first_process else 1
+        check(library.lidx_create(ctypes.byref(self.handle), ctypes.byref(options)))
 
     def __del__(self):
         if self.handle and self.process == os.getpid():
