@@ -42,16 +42,16 @@ static inline int lidx_dtype_bytes(int dtype) {
     return lidx_dtypes[dtype].bits / 8;
 }
 
-/* Element i of an array of any of the types. */
+/* Element i of an array of any of the types, at any alignment. */
 static inline float lidx_load(const void *array, int64_t i, int dtype) {
-    switch (dtype) {
-    case DTYPE_BF16:
-        return lidx_bf16_to_float(((const uint16_t *)array)[i]);
-    case DTYPE_FP16:
-        return lidx_fp16_to_float(((const uint16_t *)array)[i]);
-    default:
-        return ((const float *)array)[i];
+    if (dtype == DTYPE_F32) {
+        float x;
+        memcpy(&x, (const unsigned char *)array + i * (int64_t)sizeof x, sizeof x);
+        return x;
     }
+    uint16_t h;
+    memcpy(&h, (const unsigned char *)array + i * (int64_t)sizeof h, sizeof h);
+    return dtype == DTYPE_BF16 ? lidx_bf16_to_float(h) : lidx_fp16_to_float(h);
 }
 
 static inline void lidx_store(void *array, int64_t i, int dtype, float x) {

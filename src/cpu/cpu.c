@@ -21,7 +21,7 @@
 #include "topk.h"
 
 enum {
-    TILE_KEYS = 480,   /* keys of one score() call: 30 key blocks, 10 tiles of 48 */
+    TILE_KEYS = 960,   /* keys of one score() call: 60 key blocks, 20 tiles of 48, 240 KiB */
     AHEAD_KEYS = 384,  /* how far ahead of a tile a kernel may prefetch */
     LIST_BLOCKS = (TILE_KEYS + AHEAD_KEYS) / KEY_BLOCK,
     ROW_BYTES = 11 << 18,  /* of a worker, for packed queries and candidates: 2.75 MiB */

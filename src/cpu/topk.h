@@ -14,7 +14,7 @@
 #include <string.h>
 
 enum {
-    TOPK_STEP = 512, /* most scores of one push */
+    TOPK_STEP = 1024, /* most scores of one push */
     TOPK_SLACK = 16, /* entries that a filter may write past its n */
 };
 
