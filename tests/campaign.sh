@@ -3,10 +3,11 @@
 #
 # campaign.sh quick|long [STAGE...]: the tests that need builds of their own. What each promises:
 #
-#   asan         the whole C suite under AddressSanitizer, LeakSanitizer and UBSan (clang): no read
-#                or write outside of a buffer, no leak, no undefined behaviour
+#   asan         the whole C suite under AddressSanitizer, LeakSanitizer and UBSan: no read or write
+#                outside of a buffer, no leak, no undefined behaviour
 #   fuzz         libFuzzer on lidx_run (every kernel against the oracle and with three threads) and
 #                on the safetensors reader, both under the same sanitizers, from small corpora
+#   torch        the torch operator's argument path on random, mostly wrong arguments
 #   tsan         the threaded paths under ThreadSanitizer. LLVM's OpenMP runtime tells TSan through
 #                its Archer tool what its barriers and forks order, so nothing is suppressed
 #   valgrind     a subset under memcheck: no value that was never written decides anything
@@ -23,15 +24,15 @@ root=$(pwd) form=${1:-quick} jobs=$(nproc 2>/dev/null || echo 2)
 work=${CAMPAIGN_DIR:-$root/build-campaign}
 [ $# -gt 0 ] && shift
 case $form in
-quick) asan_cases=250 tsan_cases=60 valgrind_cases=6 coverage_cases=250 fuzz_seconds=60 ;;
-long) asan_cases=5000 tsan_cases=3000 valgrind_cases=150 coverage_cases=2000 fuzz_seconds=600 ;;
+quick) asan_cases=250 tsan_cases=60 valgrind_cases=6 coverage_cases=250 fuzz_seconds=60 torch_seconds=30 ;;
+long) asan_cases=5000 tsan_cases=3000 valgrind_cases=150 coverage_cases=2000 fuzz_seconds=600 torch_seconds=600 ;;
 *)
     echo "usage: campaign.sh quick|long [STAGE...]" >&2
     exit 2
     ;;
 esac
 cases=50000
-stages=${*:-asan fuzz tsan valgrind coverage reproduce $([ "$form" = long ] && echo cases)}
+stages=${*:-asan fuzz torch tsan valgrind coverage reproduce $([ "$form" = long ] && echo cases)}
 mkdir -p "$work"
 passed=0 failed=0 skipped=0
 export OMP_WAIT_POLICY=passive
@@ -84,11 +85,12 @@ clang_runtime() {
     clang_can -fsanitize=address
 }
 
-build() { # DIRECTORY CMAKE-ARGUMENTS...
-    directory=$1
-    shift
-    cmake -S "$root" -B "$directory" -DLIDX_CUDA=OFF -DLIDX_WERROR=ON "$@" &&
-        cmake --build "$directory" -j "$jobs"
+# build DIRECTORY TARGET CMAKE-ARGUMENTS...
+build() {
+    directory=$1 target=$2
+    shift 2
+    cmake -S "$root" -B "$directory" -DLIDX_CUDA=OFF -DLIDX_TOOLS=OFF -DLIDX_WERROR=ON "$@" &&
+        cmake --build "$directory" -j "$jobs" --target "$target"
 }
 
 build_library() { # SOURCE DIRECTORY
@@ -98,38 +100,39 @@ build_library() { # SOURCE DIRECTORY
 
 sanitized='-g -O1 -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize='
 
-build_asan() {
-    build "$work/asan" -DCMAKE_BUILD_TYPE=Debug -DCMAKE_C_COMPILER=clang -DLIDX_FUZZ=ON \
-        "-DCMAKE_C_FLAGS=${sanitized}address,undefined,fuzzer-no-link"
+run_asan() {
+    build "$work/asan" all -DCMAKE_BUILD_TYPE=Debug -DCMAKE_C_COMPILER=gcc \
+        "-DCMAKE_C_FLAGS=${sanitized}address,undefined" || return
+    LIDX_TEST_CASES=$asan_cases ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 \
+        ctest --test-dir "$work/asan" --output-on-failure
 }
 
-run_asan() {
-    build_asan && LIDX_TEST_CASES=$asan_cases ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 \
-        ctest --test-dir "$work/asan" --output-on-failure
+build_fuzz() {
+    build "$work/fuzz" fuzz -DCMAKE_BUILD_TYPE=Debug -DCMAKE_C_COMPILER=clang -DLIDX_FUZZ=ON \
+        "-DCMAKE_C_FLAGS=${sanitized}address,undefined,fuzzer-no-link"
 }
 
 # fuzz TARGET CORPUS LENGTH: new inputs go to the work directory, the corpus is read only. A run
 # that takes 30 s or 2 GiB is a finding too.
 run_fuzz() {
     mkdir -p "$work/corpus_$1"
-    "$work/asan/tests/fuzz/fuzz_$1" "$work/corpus_$1" "tests/fuzz/corpus_$1" -max_len="$2" \
+    "$work/fuzz/tests/fuzz/fuzz_$1" "$work/corpus_$1" "tests/fuzz/corpus_$1" -max_len="$2" \
         -max_total_time="$fuzz_seconds" -timeout=30 -rss_limit_mb=2048 -print_final_stats=1 \
         -artifact_prefix="$work/finding_$1_"
 }
 
 stage_asan() {
-    need asan clang clang && need asan cmake cmake || return
-    clang_runtime || { skip asan 'clang has no sanitizer runtime'; return; }
+    need asan gcc gcc && need asan cmake cmake || return
     step asan run_asan
 }
 
 stage_fuzz() {
     need fuzz clang clang || return
     clang_runtime || { skip fuzz 'clang has no sanitizer runtime'; return; }
-    step fuzz_build build_asan
+    step fuzz_build build_fuzz
     run_fuzz run 400 >"$work/fuzz_run.background" 2>&1 &
     process=$!
-    if [ -x "$work/asan/tests/fuzz/fuzz_safetensors" ]; then
+    if [ -x "$work/fuzz/tests/fuzz/fuzz_safetensors" ]; then
         step fuzz_safetensors run_fuzz safetensors 600
     else
         skip fuzz_safetensors 'no cJSON (libcjson-dev)'
@@ -141,13 +144,28 @@ stage_fuzz() {
         awk '{n += $2} END {print "        inputs tried:", n}'
 }
 
+# The Python that has torch and this package: the one that `make test` sets up, or PYTHON.
+python_with_torch() {
+    for candidate in "${PYTHON:-}" "$root/.venv/bin/python"; do
+        [ -n "$candidate" ] && "$candidate" -c 'import torch, hypothesis, lightning_indexer' \
+            2>/dev/null && echo "$candidate" && return
+    done
+}
+
+stage_torch() {
+    python=$(python_with_torch)
+    [ -n "$python" ] || { skip torch 'no Python with torch and this package'; return; }
+    step torch "$python" tests/fuzz/fuzz_torch.py "$torch_seconds"
+    tail -n 1 "$work/torch.log"
+}
+
 archer() {
     find /usr/lib/llvm-*/lib "$(clang -print-resource-dir)/../../.." -name libarcher.so 2>/dev/null |
         head -n 1
 }
 
 run_tsan() {
-    build "$work/tsan" -DCMAKE_BUILD_TYPE=Debug -DCMAKE_C_COMPILER=clang -DLIDX_TOOLS=OFF \
+    build "$work/tsan" test_operator -DCMAKE_BUILD_TYPE=Debug -DCMAKE_C_COMPILER=clang \
         "-DCMAKE_C_FLAGS=${sanitized}thread" || return
     # Races that TSan sees only in the runtime's own code are the runtime's: Archer says what it
     # orders. Races in our code are reported wherever the other access is.
@@ -164,7 +182,7 @@ stage_tsan() {
 }
 
 run_valgrind() {
-    build "$work/plain" -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS=-g || return
+    build "$work/plain" all -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS=-g || return
     for test in "test_operator --environment 0 --cases $valgrind_cases" test_arguments; do
         # shellcheck disable=SC2086 # a program and its arguments
         valgrind -q --error-exitcode=9 --leak-check=full --show-leak-kinds=definite \
@@ -180,7 +198,7 @@ stage_valgrind() {
 
 run_coverage() {
     rm -rf "$work/coverage"
-    build "$work/coverage" -DCMAKE_BUILD_TYPE=Debug -DLIDX_COVERAGE=ON -DLIDX_TOOLS=OFF || return
+    build "$work/coverage" all -DCMAKE_BUILD_TYPE=Debug -DLIDX_COVERAGE=ON || return
     LIDX_TEST_CASES=$coverage_cases ctest --test-dir "$work/coverage" --output-on-failure || return
     kernels=$("$work/coverage/tests/test_operator" --cases 1 | sed -n 's/^kernels: //p' | tr -d ,)
     set --
@@ -210,7 +228,7 @@ stage_reproduce() {
 }
 
 run_cases() {
-    build "$work/plain" -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS=-g &&
+    build "$work/plain" all -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS=-g &&
         "$work/plain/tests/test_operator" --cases "$cases"
 }
 

@@ -481,6 +481,25 @@ static void check_counts(void) {
         }
 }
 
+/* A table without columns is enough for batches without keys. */
+static void check_empty_table(void) {
+    for (int pair = BSND_PA; pair <= TND_PA; pair++) {
+        struct call c;
+        valid_call(&c, pair);
+        c.t[TABLE].strides = NULL;
+        c.t[TABLE].data = NULL;
+        c.shape[TABLE][1] = 0;
+        c.key_list[0] = c.key_list[1] = 0;
+        accept(&c, say("no columns", pair, TABLE));
+        for (int i = 0; i < B * S1 * TOP; i++)
+            CHECK_INT(c.indices[i], -1, "a batch without keys");
+        memset(c.indices, 0xA5, sizeof c.indices);
+        memset(c.values, 0xA5, sizeof c.values);
+        c.key_list[1] = 1;
+        refuse(&c, LIDX_ERR_VALUE, "actual_seq_lengths_key", say("no columns", pair, TABLE));
+    }
+}
+
 /* B = 2^40 without tokens is legal, and no work. */
 static void check_many_empty_batches(void) {
     struct call c;
@@ -698,6 +717,7 @@ int main(void) {
     check_kernel_info();
     check_names();
     check_error_is_per_thread();
+    check_empty_table();
     check_many_empty_batches();
     lidx_destroy(context);
     return test_end();

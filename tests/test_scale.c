@@ -78,23 +78,28 @@ static void make_contexts(void) {
     }
 }
 
-/* Runs on every kernel; each output row must be want[], of n keys, then -1. */
-static void expect(const struct setup *s, const int32_t *want, int64_t n, int64_t row_begin,
-                   const char *what) {
+/* Runs on the first `kernels` kernels; the output row must be want[], of n keys, then -1. */
+static void expect_of(int kernels, const struct setup *s, const int32_t *want, int64_t n,
+                      int64_t row_begin, const char *what) {
     int32_t *indices = (int32_t *)s->indices.data + row_begin;
     int k = s->args.sparse_count;
-    for (int c = 0; c < n_contexts; c++) {
+    for (int c = 0; c < kernels; c++) {
         memset(indices, 0xA5, sizeof *indices * (size_t)k);
         int status = lidx_run(contexts[c], &s->args);
         if (!CHECK(status == LIDX_OK, "%s, %s: %s", what, names[c], lidx_last_error()))
             continue;
-        int64_t first_wrong = 0;
-        while (first_wrong < k && indices[first_wrong] == (first_wrong < n ? want[first_wrong] : -1))
-            first_wrong++;
-        CHECK(first_wrong == k, "%s, %s: slot %lld is %d, it should be %d", what, names[c],
-              (long long)first_wrong, indices[first_wrong],
-              first_wrong < n ? want[first_wrong] : -1);
+        int wrong = 0, first = -1;
+        for (int i = k - 1; i >= 0; i--)
+            if (indices[i] != (i < n ? want[i] : -1))
+                wrong++, first = i;
+        CHECK(wrong == 0, "%s, %s: %d slots are wrong, first %d, which is %d", what, names[c],
+              wrong, first, first < 0 ? 0 : indices[first]);
     }
+}
+
+static void expect(const struct setup *s, const int32_t *want, int64_t n, int64_t row_begin,
+                   const char *what) {
+    expect_of(n_contexts, s, want, n, row_begin, what);
 }
 
 static void start(struct setup *s, int layout_query, int layout_key, int k) {
@@ -225,7 +230,9 @@ static void check_many_pages(void) {
     set_query(query, weights);
     set_key(key + (int64_t)(CACHE - 5) * page + 15 * D, 9);
     set_key(key + (int64_t)(CACHE - 6) * page + 3 * D, 8);
-    expect(&s, want, K, 0, "2^20 pages");
+    /* Slow machines, which ask for fewer cases, walk the table with the fastest kernel only. */
+    int kernels = getenv("LIDX_TEST_CASES") && n_contexts ? 1 : n_contexts;
+    expect_of(kernels, &s, want, K, 0, "2^20 pages");
     table[PAGES / 2] = CACHE;
     CHECK_INT(lidx_run(contexts[0], &s.args), LIDX_ERR_VALUE, "one bad page among 2^20");
     free(table);
