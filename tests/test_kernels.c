@@ -39,9 +39,10 @@ static const char *const values_name[N_VALUES] = {
     "normal", "tiny", "huge", "denormal", "zeros", "keys with inf", "keys with NaN",
     "a query with inf or NaN"};
 
-enum layout { DENSE, DENSE_ODD, STRIDED, STRIDED_ODD, SCATTERED, N_LAYOUTS };
-static const char *const layout_name[N_LAYOUTS] = {"dense", "dense at an odd address", "strided",
-                                                   "strided by an odd number", "scattered blocks"};
+enum layout { DENSE, DENSE_SHIFTED, STRIDED, STRIDED_SHIFTED, SCATTERED, N_LAYOUTS };
+static const char *const layout_name[N_LAYOUTS] = {
+    "dense", "dense, aligned to an element only", "strided",
+    "strided, aligned to an element only", "scattered blocks"};
 
 /* One query token, the keys, what the reference says, and how far from it one may be. */
 struct problem_data {
@@ -59,7 +60,7 @@ struct arena {
 
 static struct arena arena_make(void) {
     struct arena a;
-    a.query = guard_after(sizeof(uint16_t) * MAX_HEADS * MAX_HEAD_DIM + 1);
+    a.query = guard_after(sizeof(uint16_t) * (MAX_HEADS * MAX_HEAD_DIM + 1));
     a.weights = guard_after(sizeof(float) * MAX_HEADS);
     a.packed = guard_after(PACKED_MAX);
     a.score = guard_after(sizeof(float) * MAX_KEYS);
@@ -187,13 +188,13 @@ static void place_row(unsigned char *to, const struct problem_data *p, int j) {
 static struct key_run place(struct arena *a, const struct problem_data *p, enum layout layout,
                             int first, int n, int n_ahead) {
     int64_t row = 2 * p->head_dim;
-    int64_t stride = layout == STRIDED ? row + 64 : layout == STRIDED_ODD ? row + 1 : row;
+    int64_t stride = layout == STRIDED ? row + 64 : layout == STRIDED_SHIFTED ? row + 2 : row;
     int blocks = (n + KEY_BLOCK - 1) / KEY_BLOCK;
     const void **list = (const void **)(void *)tail(&a->list,
                                                     sizeof(void *) * (size_t)(blocks + n_ahead));
     size_t bytes = (size_t)((n - 1) * stride + row);
     unsigned char *base = layout == DENSE && first % 2 ? a->front.data
-                          : layout == DENSE_ODD        ? tail(&a->dense, bytes + 1)
+                          : layout == DENSE_SHIFTED    ? tail(&a->dense, bytes + 2)
                                                        : tail(&a->dense, bytes);
     for (int i = 0; i < blocks; i++) {
         int in_block = n - i * KEY_BLOCK < KEY_BLOCK ? n - i * KEY_BLOCK : KEY_BLOCK;
@@ -219,11 +220,11 @@ static int untouched(const unsigned char *from, const unsigned char *end) {
 
 /* Packs the query in guarded buffers; NULL when pack() wrote past packed_size(). */
 static const void *pack_guarded(struct arena *a, const struct kernel_path *path,
-                                const struct problem_data *p, int odd) {
+                                const struct problem_data *p, int shifted) {
     size_t query_bytes = sizeof(uint16_t) * (size_t)(p->n_heads * p->head_dim);
     size_t weight_bytes = sizeof(float) * (size_t)p->n_heads;
     size_t packed_bytes = path->packed_size(p->n_heads, p->head_dim);
-    unsigned char *query = tail(&a->query, query_bytes + (odd ? 1 : 0));
+    unsigned char *query = tail(&a->query, query_bytes + (shifted ? 2 : 0));
     float *weights = (float *)(void *)tail(&a->weights, weight_bytes);
     unsigned char *packed = tail(&a->packed, round_up(packed_bytes, 64));
     memcpy(query, p->query, query_bytes);
@@ -312,14 +313,14 @@ static void check_pieces(struct arena *a, const struct kernel *kernel, const str
 
 static void check_case(struct arena *a, const struct kernel *kernel, const struct problem_data *p,
                        enum values values, struct rng *rng) {
-    for (int odd = 0; odd < 2; odd++) {
-        const void *packed = pack_guarded(a, &kernel->path[p->dtype], p, odd);
+    for (int shifted = 0; shifted < 2; shifted++) {
+        const void *packed = pack_guarded(a, &kernel->path[p->dtype], p, shifted);
         if (!CHECK(packed, "%s %s: %d heads of %d: pack() wrote beyond packed_size()", kernel->name,
                    dtype_name(p->dtype), p->n_heads, p->head_dim))
             return;
         for (int layout = 0; layout < N_LAYOUTS; layout++)
-            check_run(a, kernel, p, values, (enum layout)layout, packed, 0, MAX_KEYS - odd,
-                      odd ? AHEAD : 0);
+            check_run(a, kernel, p, values, (enum layout)layout, packed, 0, MAX_KEYS - shifted,
+                      shifted ? AHEAD : 0);
         for (int n = 1; n <= 100; n++) {
             int first = (int)rng_below(rng, MAX_KEYS - 100 + 1);
             if (values == NORMAL || n % 16 == 15)
