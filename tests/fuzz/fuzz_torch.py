@@ -3,9 +3,9 @@
 """fuzz_torch.py SECONDS: the torch operator's argument path on arguments that are nearly right.
 
 A call either raises a RuntimeError whose sentence says what was wrong (or the TypeError of a schema
-that does not take such a value), or returns indices of the right shape and range without repeats,
-and -1 only at the end. Whatever is passed, the process survives and the inputs stay as they were. Hypothesis
-picks the arguments, so a failure comes with a small example.
+that does not take such a value), or returns indices of the right shape and range without
+repeats, and -1 only at the end. Whatever is passed, the process survives and the inputs stay as
+they were. Hypothesis picks the arguments, so a failure comes with a small example.
 """
 import sys
 import time
@@ -112,10 +112,10 @@ def break_tensor(draw, tensor, how):
 
 
 def same_bits(a, b):
-    if a is None or a.layout != torch.strided or a.device.type == "meta":
+    if a.layout != torch.strided or a.device.type == "meta" or not a.numel():
         return True
-    return torch.equal(a.contiguous().view(torch.uint8) if a.dim() else a,
-                       b.contiguous().view(torch.uint8) if b.dim() else b)
+    return torch.equal(a.contiguous().flatten().view(torch.uint8),
+                       b.contiguous().flatten().view(torch.uint8))
 
 
 def check_answer(call, indices):
