@@ -327,8 +327,8 @@ class Report:
         print(f"{name:46s} {value:8.3f}  {bounds} {verdict}", flush=True)
 
 
-PREFILL = [(8192, 65536, 1.12, 1.06, 7), (2048, 65536, 1.15, 1.08, 11), (8192, 8192, 1.35, 1.15, 15),
-           (2048, 8192, 1.40, 1.25, 15)]
+PREFILL = [(8192, 65536, 1.12, 1.06, 7), (2048, 65536, 1.15, 1.08, 11),
+           (8192, 8192, 1.35, 1.15, 15), (2048, 8192, 1.40, 1.25, 15)]
 DECODE = [(64, 65536, 1, 1.15, 1.08, False), (64, 65536, 2, 1.15, 1.08, False),
           (128, 65536, 1, 1.15, 1.08, False), (128, 65536, 2, 1.15, 1.08, False),
           (8, 65536, 1, 1.4, 1.2, False), (1, 131072, 1, 28e-6, 20e-6, True),
@@ -430,9 +430,10 @@ def main():
     print(f"{torch.cuda.get_device_name()}: bf16 matrix product {rates['R'] * 1e-12:.0f} TFLOP/s, "
           f"device copy {rates['C'] * 1e-12:.2f} TB/s", flush=True)
     report = Report(Library(options.library), rates, flush, options)
+    runs = {"prefill": run_prefill, "variants": run_variants, "decode": run_decode}
     for section in SECTIONS:
         if options.section in (None, section):
-            {"prefill": run_prefill, "variants": run_variants, "decode": run_decode}[section](report)
+            runs[section](report)
     after = measure_rates(flush)
     print(f"at the end: {after['R'] * 1e-12:.0f} TFLOP/s, {after['C'] * 1e-12:.2f} TB/s")
     print(summary(report.rows))

@@ -9,8 +9,9 @@
 #
 # Needs cmake, a C compiler, nvcc, compute-sanitizer, and for the benchmark a python3 with torch.
 # Writes gpu_check.txt (what was said), gpu_check.json (steps) and bench_cuda.json, all as far as it
-# came; logs of single tools stay in the build directory. Each step has a limit of time and the next ones go on
-# without it. Fails when a step failed; a missed speed bound is reported but is not a failure.
+# came; logs of single tools stay in the build directory. Each step has a limit of time, and the
+# next ones go on without it. Fails when a step failed; a missed speed bound is reported but is not
+# a failure.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
 results=${1:?usage: bench/gpu_check.sh RESULTS_DIRECTORY [BUILD_DIRECTORY]}
@@ -109,8 +110,8 @@ sanitize() {
             printf '\n'
             grep -E '=== +[A-Z]' "$text" | grep -vE 'SUMMARY|COMPUTE-SAN|Host|Saved' | cut -c1-150 |
                 sort | uniq -c | sort -rn | head -n 3
-            grep -qE ' passed, 0 failed' "$text" && grep -qE 'SUMMARY: 0 (errors|hazards)' "$text" ||
-                code=1
+            grep -qE ' passed, 0 failed' "$text" &&
+                grep -qE 'SUMMARY: 0 (errors|hazards)' "$text" || code=1
         done
     done
     return $code

@@ -14,8 +14,8 @@
  *   full       relaunches at full size, and sampled rows against the CPU
  *
  * --exact gives every buffer an allocation of its own, so that a memory checker sees its bounds;
- * --quick leaves out most cases and the full sizes; --sanitizer leaves out more. A failure names its
- * case; `--first CASE --cases 1` runs it alone.
+ * --quick leaves out most cases and the full sizes; --sanitizer leaves out more. A failure names
+ * its case; `--first CASE --cases 1` runs it alone.
  */
 #include "scenario.h"
 
@@ -43,7 +43,7 @@ static size_t arena_used;
 static void *owned[64];
 static int n_owned;
 
-/* ---- the device ------------------------------------------------------------------------------- */
+/* ---- the device ------------------------------------------------------------------------------ */
 
 static void must(cudaError_t code, const char *what, int line) {
     if (code == cudaSuccess)
@@ -146,7 +146,7 @@ static void find_kernels(const char *only) {
     CHECK(n_kernels > 0, "no kernel to test");
 }
 
-/* ---- a rendering on the device ----------------------------------------------------------------- */
+/* ---- a rendering on the device --------------------------------------------------------------- */
 
 struct clone {
     struct lidx_args args;
@@ -211,7 +211,7 @@ static int run_rendering(struct kernel *kernel, struct rendering *r, struct rng 
     return status;
 }
 
-/* ---- random scenarios -------------------------------------------------------------------------- */
+/* ---- random scenarios ------------------------------------------------------------------------ */
 
 /* Each row's answer in the first form, by batch. */
 struct answers {
@@ -349,7 +349,7 @@ static void check_random(long first, long cases) {
     }
 }
 
-/* ---- each kind of data at lengths where the selection works hard -------------------------------- */
+/* ---- each kind of data at lengths where the selection works hard ----------------------------- */
 
 static void check_data(void) {
     static const struct {
@@ -382,7 +382,7 @@ static void check_data(void) {
     }
 }
 
-/* ---- problems made on the device ---------------------------------------------------------------- */
+/* ---- problems made on the device ------------------------------------------------------------- */
 
 /* A problem of one dtype for weights and elements, and its buffers on the device. */
 struct setup {
@@ -513,7 +513,7 @@ static void shuffled_table(int32_t *table, int64_t entries, int64_t n_pages, str
         table[i] = (int32_t)rng_below(rng, (uint64_t)n_pages);
 }
 
-/* ---- slabs -------------------------------------------------------------------------------------- */
+/* ---- slabs ----------------------------------------------------------------------------------- */
 
 /* A page table far wider than the lengths leaves room for a few rows of scores at a time. */
 static void check_slabs(struct kernel *kernel) {
@@ -545,7 +545,7 @@ static void check_slabs(struct kernel *kernel) {
     }
 }
 
-/* ---- repeated launches, graphs ------------------------------------------------------------------ */
+/* ---- repeated launches, graphs --------------------------------------------------------------- */
 
 static void check_repeat(struct kernel *kernel) {
     struct setup s;
@@ -638,7 +638,7 @@ static void check_graph(struct kernel *kernel) {
     }
 }
 
-/* ---- hostile lists and tables ------------------------------------------------------------------- */
+/* ---- hostile lists and tables ---------------------------------------------------------------- */
 
 static uint32_t *error_word;
 
@@ -734,7 +734,7 @@ static void check_bad_pages(struct kernel *kernel) {
     free(all);
 }
 
-/* ---- full size ---------------------------------------------------------------------------------- */
+/* ---- full size ------------------------------------------------------------------------------- */
 
 static double dot_score(const struct setup *s, const uint16_t *query, const uint16_t *weights,
                         const uint16_t *key, int is_bf16) {
@@ -850,7 +850,7 @@ static void check_full(void) {
     lidx_destroy(cpu);
 }
 
-/* ---- main --------------------------------------------------------------------------------------- */
+/* ---- main ------------------------------------------------------------------------------------ */
 
 static void say(const char *section) {
     printf("%-8s %ld passed, %ld failed\n", section, test_passed, test_failed);

@@ -20,7 +20,7 @@ enum { N_DEVICES = 64, ROW_ALIGNMENT = 64, KEY_ALIGNMENT = 64, WORKSPACE_ALIGNME
 
 static const size_t workspace_limit = (size_t)256 << 20;
 
-/* ---- score kernels, best first ---------------------------------------------------------------- */
+/* ---- score kernels, best first --------------------------------------------------------------- */
 
 struct score_kernel {
     const char *name;
@@ -49,7 +49,7 @@ static int runs_on(const struct score_kernel *kernel, int compute) {
     return compute >= kernel->compute_min && compute <= kernel->compute_max;
 }
 
-/* ---- devices ----------------------------------------------------------------------------------- */
+/* ---- devices --------------------------------------------------------------------------------- */
 
 struct device {
     int known;
@@ -125,7 +125,7 @@ static int choose(const struct cuda_state *state, const struct problem *p,
                      device->compute / 10, device->compute % 10);
 }
 
-/* ---- workspace --------------------------------------------------------------------------------- */
+/* ---- workspace ------------------------------------------------------------------------------- */
 
 /* How the workspace is divided: [scores of `rows` rows][the selection's scratch]. */
 struct division {
@@ -189,7 +189,7 @@ static int cuda_workspace_size(void *state, const struct problem *p, int32_t dev
     return LIDX_OK;
 }
 
-/* ---- run --------------------------------------------------------------------------------------- */
+/* ---- run ------------------------------------------------------------------------------------- */
 
 static int run_slabs(const struct score_kernel *kernel, const struct problem *p,
                      const struct device *device, const struct run_resources *resources) {
@@ -241,7 +241,7 @@ static int cuda_run(void *state, const struct problem *p, const struct run_resou
     return status;
 }
 
-/* ---- the backend ------------------------------------------------------------------------------- */
+/* ---- the backend ----------------------------------------------------------------------------- */
 
 static int cuda_create(void **state, const struct lidx_options *options) {
     struct cuda_state *made = calloc(1, sizeof *made);

@@ -250,7 +250,7 @@ extern "C" int lidx_launch_score_smxx(const struct slab *s, void *stream) {
     return s->p.head_dim == 128 ? launch_for<__half, 128>(s, on) : launch_for<__half, 64>(s, on);
 }
 
-/* ---- bad input -------------------------------------------------------------------------------- */
+/* ---- bad input ------------------------------------------------------------------------------- */
 
 static __device__ bool is_bad_length(const int32_t *lengths, int packed, int64_t limit, int64_t b) {
     if (!lengths)

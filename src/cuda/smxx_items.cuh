@@ -65,7 +65,7 @@ struct walk {
     int64_t end;
     int64_t at;
     int64_t batch;
-    int32_t number; /* of the item in the batch; -1: not known yet, `at` is where the batch begins */
+    int32_t number; /* of the item in the batch; -1: not known, `at` is where the batch begins */
 };
 
 /* Shared memory behind the ring. */
