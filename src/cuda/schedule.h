@@ -3,8 +3,8 @@
  * Which CTA scores what. Compiled for the device and, by its test, for the host.
  *
  * An item is one block of up to 2^block_shift query rows of one batch; its work is the tiles of
- * TILE_KEYS keys that its last row sees, none beyond. All items of a slab laid end to end, batch after
- * batch, make one line of tiles, on which each item also takes `charge` places in front of its
+ * TILE_KEYS keys that its last row sees, none beyond. All items of a slab laid end to end, batch
+ * after batch, make one line of tiles, on which each item also takes `charge` places before its
  * first tile for the cost of switching to it. A CTA gets one of `n_cta` equal contiguous runs of
  * that line. Lengths are on the device, so every CTA finds its run by itself: a sum over batches,
  * a closed form within a batch, no metadata and no atomics.
