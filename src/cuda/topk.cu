@@ -150,6 +150,13 @@ static __device__ __forceinline__ void filter_part(struct shared<Z> *s, uint64_t
     __syncthreads();
 }
 
+enum { EARLY = 4 };
+
+/* Warps that read one region: several where regions are few. */
+template <class Z> static __device__ __forceinline__ uint32_t sharing_warps(uint32_t blocks) {
+    return max(Z::WARPS / blocks, 1u);
+}
+
 /* Lists a raw score as its key. The key, if it lies in the last bin; else the edge. */
 template <class Z>
 static __device__ __forceinline__ uint32_t take_raw(struct shared<Z> *s, uint32_t at, uint64_t raw,
@@ -163,21 +170,21 @@ static __device__ __forceinline__ uint32_t take_raw(struct shared<Z> *s, uint32_
 }
 
 /* Brings the regions of all blocks of a row into the list, as keys, and counts these into an empty
- * histogram. Some warps share a region where regions are few; each takes every so manieth group of
- * 32. The first groups are read before their number is known, to wait once and not twice. */
+ * histogram. Warps that share a region take its groups of 32 in turn. The first EARLY groups are
+ * read before their number is known, to wait once and not twice. */
 template <class Z>
 static __device__ __forceinline__ void gather(struct shared<Z> *s, const uint64_t *region,
                                               const uint32_t *found, uint32_t blocks,
                                               uint32_t edge) {
-    const uint32_t EARLY = 4, lane = lane_id();
-    uint32_t share = max(Z::WARPS / blocks, 1u), low = edge;
+    const uint32_t lane = lane_id(), share = sharing_warps<Z>(blocks);
+    uint32_t low = edge;
     for (uint32_t w = threadIdx.x / LANES; w < blocks * share; w += Z::WARPS) {
         uint32_t block = w % blocks, first = w / blocks, at = 0;
         const unsigned long long *from = (const unsigned long long *)region + block * SPLIT_ROOM;
-        uint64_t early[EARLY];
+        uint64_t raw[EARLY];
 #pragma unroll
         for (uint32_t g = 0; g < EARLY; g++)
-            early[g] = __ldcg(from + (first + g * share) * LANES + lane);
+            raw[g] = __ldcg(from + (first + g * share) * LANES + lane);
         uint32_t count = __ldcg(found + block), kept = min(count, (uint32_t)SPLIT_ROOM - 4);
         uint32_t full = kept / LANES, groups = (full + share - 1 - first) / share;
         uint32_t mine = groups * LANES + (full % share == first ? kept % LANES : 0);
@@ -187,13 +194,17 @@ static __device__ __forceinline__ void gather(struct shared<Z> *s, const uint64_
                 s->flag = 1; /* the region lost some */
         }
         at = __shfl_sync(ALL_LANES, at, 0);
+        for (uint32_t done = 0; done * LANES < mine && at + done * LANES < Z::LIST;) {
 #pragma unroll
-        for (uint32_t g = 0; g < EARLY; g++)
-            if (g * LANES + lane < mine)
-                low = min(low, take_raw(s, at + g * LANES + lane, early[g], edge));
-        for (uint32_t g = EARLY; g * LANES + lane < mine; g++)
-            low = min(low, take_raw(s, at + g * LANES + lane,
-                                    __ldcg(from + (first + g * share) * LANES + lane), edge));
+            for (uint32_t g = 0; g < EARLY; g++)
+                if ((done + g) * LANES + lane < mine)
+                    low = min(low, take_raw(s, at + (done + g) * LANES + lane, raw[g], edge));
+            done += EARLY;
+#pragma unroll
+            for (uint32_t g = 0; g < EARLY; g++)
+                if ((done + g) * LANES + lane < mine)
+                    raw[g] = __ldcg(from + (first + (done + g) * share) * LANES + lane);
+        }
     }
     __syncwarp();
     low = __reduce_min_sync(ALL_LANES, low);
@@ -229,11 +240,15 @@ split_kernel(const __grid_constant__ struct launch l) {
     uint64_t *region = l.region + (uint64_t)number * l.blocks * SPLIT_ROOM;
     uint32_t *found = l.found + number * l.blocks;
 
-    uint32_t mine = begin + 4 * threadIdx.x;
-    float4 ahead = mine + 4 <= end ? *(const float4 *)(score + mine) : load4(score, mine, end);
+    float4 ahead = load4(score, begin + 4 * threadIdx.x, end);
     uint32_t edge = sampled_edge(s, score, n, p->top_k);
     if (edge != KEY_MASKED)
         filter_part(s, region + block * SPLIT_ROOM, score, begin, end, ahead, score_of(edge));
+    /* What is read early is written in any case. */
+    for (uint32_t j = s->n_list + threadIdx.x; j < EARLY * LANES * sharing_warps<Z>(busy);
+         j += Z::THREADS)
+        region[block * SPLIT_ROOM + j] = 0;
+    __syncthreads();
     if (threadIdx.x == 0) {
         found[block] = s->n_list;
         __threadfence();

@@ -213,20 +213,18 @@ static __device__ __forceinline__ uint32_t reserve(struct shared<Z> *s, uint32_t
     return __shfl_sync(ALL_LANES, at, LANES - 1) + sum - count;
 }
 
-/* Four scores from position i on; beyond the row's end they are masked. */
+/* Four scores from position i on; beyond the row's end they are masked, and not read. */
 static __device__ __forceinline__ float4 load4(const float *score, uint32_t i, uint32_t n) {
-    float4 x = make_float4(__uint_as_float(SCORE_MASKED), __uint_as_float(SCORE_MASKED),
-                           __uint_as_float(SCORE_MASKED), __uint_as_float(SCORE_MASKED));
-    if (i >= n)
-        return x;
-    float4 y = *(const float4 *)(score + i);
-    x.x = y.x;
+    if (i + 4 <= n)
+        return *(const float4 *)(score + i);
+    float masked = __uint_as_float(SCORE_MASKED);
+    float4 x = make_float4(masked, masked, masked, masked);
+    if (i < n)
+        x.x = score[i];
     if (i + 1 < n)
-        x.y = y.y;
+        x.y = score[i + 1];
     if (i + 2 < n)
-        x.z = y.z;
-    if (i + 3 < n)
-        x.w = y.w;
+        x.z = score[i + 2];
     return x;
 }
 
