@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU operator beside torch eager in bfloat16 (matmul, relu, weighted sum, topk), in one run.
 
-    python3 bench/bench_cpu_torch.py --library build/liblightning_indexer.so [--threads N] [--json F]
+    python3 bench/bench_cpu_torch.py --library build/liblightning_indexer.so [--threads N] [--out F]
 
 The two take turns, a few calls each, so that both meet the machine's good and bad moments; what
 is compared are medians over the turns. "hot" repeats one call, "cold" walks through a pool of
@@ -37,7 +37,7 @@ def options():
     parser.add_argument("--seconds", type=float, default=4.0, help="about this long for each case")
     parser.add_argument("--pool", type=int, default=1024, help="MiB of keys for the cold cases")
     parser.add_argument("--case", action="append", help="only cases whose name contains this")
-    parser.add_argument("--json", help="also write the results to this file")
+    parser.add_argument("--out", "--json", dest="out", help="also write the results, JSON, here")
     return parser.parse_args()
 
 
@@ -164,7 +164,10 @@ def main():
     sys.path.insert(0, os.path.join(here, "..", "bindings", "python"))
     from lightning_indexer import _library as lib
 
-    import torch
+    try:
+        import torch
+    except ImportError:
+        sys.exit("bench_cpu_torch.py needs torch, to compare with it: pip install torch")
 
     torch.set_num_threads(chosen.threads)
     torch.set_grad_enabled(False)
@@ -185,8 +188,8 @@ def main():
         print(f"{row['case']:>16} {row['us']:9.1f} {row['us_best']:9.1f} {row['torch_us']:10.1f} "
               f"{row['torch_us_best']:10.1f} {row['ratio']:6.1f} {row['tflops']:8.3f} "
               f"{row['key_gbps']:9.1f}", flush=True)
-    if chosen.json:
-        with open(chosen.json, "w", encoding="utf-8") as file:
+    if chosen.out:
+        with open(chosen.out, "w", encoding="utf-8") as file:
             json.dump({"kernel": kernel, "torch": torch.__version__, "threads": chosen.threads,
                        "features": lib.cpu_features(), "cases": rows}, file, indent=1)
 
