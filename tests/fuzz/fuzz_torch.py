@@ -71,7 +71,7 @@ def build(draw):
 
 
 def break_tensor(draw, tensor, how):
-    if tensor is None or how == "none":
+    if tensor is None or how == "none" or tensor.layout != torch.strided or tensor.is_meta:
         return tensor
     if how == "drop":
         return None
