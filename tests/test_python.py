@@ -146,6 +146,8 @@ def test_errors():
         call(query, key, weights, layout_key="NSD")
     with pytest.raises(RuntimeError, match="key is missing"):
         call(query, None, weights)
+    with pytest.raises(RuntimeError, match="query is missing"):
+        call(None, key, weights)
     with pytest.raises(TypeError, match="list is not an array"):
         call(query, [1, 2], weights)
 

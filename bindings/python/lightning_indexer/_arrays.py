@@ -109,6 +109,8 @@ def _package(array):
 
 
 def _maker(query):
+    if query is None:
+        raise RuntimeError("query is missing; it is a required argument")
     if isinstance(query, numpy.ndarray):
         return _NumpyMaker(query)
     device_type = int(query.__dlpack_device__()[0]) if hasattr(query, "__dlpack__") else CPU
@@ -201,7 +203,8 @@ def _give_workspace(args, context, maker):
     )
     # CuPy's pool hands memory on in stream order, so dropping this after the run is safe.
     memory = maker.empty((max(size.value, 1),), "uint8")
-    args.workspace = maker.borrow(memory).tensor.data
+    borrowed = maker.borrow(memory)
+    args.workspace = borrowed.tensor.data
     args.workspace_size = size.value
     args.stream = None if maker.stream == 1 else maker.stream
-    return memory
+    return borrowed
