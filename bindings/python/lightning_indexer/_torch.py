@@ -69,6 +69,17 @@ def _same_schema(op, namespace, name):
     return str(ours) in _schema_text(f"{namespace}::{name}")
 
 
+def _check_devices(**tensors):
+    """One meta tensor among real ones brings a real call here, which must not pass for a fake."""
+    device = tensors["query"].device
+    for name, tensor in tensors.items():
+        torch._check(
+            tensor is None or tensor.device == device,
+            lambda: f"{name} is on {tensor.device} and query on {device}; all tensors should be on "
+            "one device",
+        )
+
+
 def _output_shape(query, layout_query, sparse_count):
     rank = 3 if layout_query == "TND" else 4
     torch._check(
@@ -98,6 +109,14 @@ def _fake_page(
     sparse_count=None,
     sparse_mode=None,
 ):
+    _check_devices(
+        query=query,
+        key=key,
+        weights=weights,
+        actual_seq_lengths_query=actual_seq_lengths_query,
+        actual_seq_lengths_key=actual_seq_lengths_key,
+        block_table=block_table,
+    )
     shape = _output_shape(query, layout_query or "BSND", 2048 if sparse_count is None else sparse_count)
     return query.new_empty(shape, dtype=torch.int32)
 
@@ -118,6 +137,14 @@ def _fake_npu(
     next_tokens=2**63 - 1,
     return_value=False,
 ):
+    _check_devices(
+        query=query,
+        key=key,
+        weights=weights,
+        actual_seq_lengths_query=actual_seq_lengths_query,
+        actual_seq_lengths_key=actual_seq_lengths_key,
+        block_table=block_table,
+    )
     shape = _output_shape(query, layout_query, sparse_count)
     return (
         query.new_empty(shape, dtype=torch.int32),
