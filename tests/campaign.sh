@@ -15,7 +15,7 @@
 #   reproduce    two builds in different places give the same bytes
 #   cases        50,000 random cases of the operator against the oracle and itself (long only)
 #
-# quick takes about eight minutes on two cores (fuzzing: 60 s each), long about two hours (600 s
+# quick takes tens of minutes at most on two cores (fuzzing: 60 s each), long hours (600 s
 # each). Logs stay in build-campaign/. What cannot be run for want of a tool is said and counted,
 # and with CI=true it is a failure. CAMPAIGN_DIR names another place for the builds.
 set -u
