@@ -13,7 +13,7 @@ PACKAGES = gcc make cmake libcjson-dev python3-venv
 help:
 	@echo "make demo        build, and see the operator choose keys on a 32K-token context"
 	@echo "make test        build and run every test that this machine can"
-	@echo "make bench       time the operator beside its rivals; JSON and a chart in bench/results"
+	@echo "make bench       time the operator beside its peak and beside torch; bench/results/RESULT.json"
 	@echo "make campaign    the long tests: sanitizers, fuzzing, 50,000 random cases"
 	@echo "make install     PREFIX=/usr/local, through CMake"
 
@@ -60,8 +60,13 @@ test-aarch64:
 campaign: all
 	sh tests/campaign.sh long
 
+# RESULT names this machine's result files.
+RESULT ?= local
 bench: all $(VENV)/ready
-	$(VENV)/bin/python bench/bench_cpu.py --lidx $(BUILD)/tools/lidx --out bench/results
+	$(BUILD)/tools/lidx bench --json > bench/results/$(RESULT).json
+	$(VENV)/bin/python bench/bench_cpu_torch.py --library $(BUILD)/liblightning_indexer.so \
+	    --seconds 2 --out bench/results/$(RESULT)-torch.json
+	$(VENV)/bin/python bench/plot_results.py bench/results
 
 install: all
 	cmake --install $(BUILD) --prefix $(or $(PREFIX),/usr/local)
