@@ -49,13 +49,14 @@ test-python: all $(VENV)/ready
 test-trust: all
 	sh tests/campaign.sh quick
 
-# Cross build for 64-bit ARM, the C tests under user-mode emulation.
+# Cross build for 64-bit ARM, the C tests under user-mode emulation. test_scale stays out: a million
+# keys take an emulator too long.
 test-aarch64:
 	@sh scripts/setup.sh gcc-aarch64-linux-gnu qemu-user
 	cmake -B build-aarch64 -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake -DLIDX_WERROR=ON \
 	      -DLIDX_TOOLS=OFF -DLIDX_CUDA=OFF
 	cmake --build build-aarch64 -j $(JOBS)
-	LIDX_TEST_CASES=100 ctest --test-dir build-aarch64 --output-on-failure
+	LIDX_TEST_CASES=60 ctest --test-dir build-aarch64 --output-on-failure --exclude-regex test_scale
 
 campaign: all
 	sh tests/campaign.sh long
