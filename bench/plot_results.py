@@ -34,9 +34,9 @@ def peak_bars(data):
     for c in data["cases"]:
         paged = f", pages of {c['block_size']}" if c["layout_key"] == "PA_BSND" else ""
         threads = f"{c['threads']} thread{'s' if c['threads'] > 1 else ''}"
-        name = f"{c['query_tokens']} x {c['keys']}{paged}, {threads}"
+        name = f"{c['kernel']} {c['query_tokens']} x {c['keys']}{paged}, {threads}"
         bars.append((name, c["best_fraction_of_peak"]))
-    return bars, "fraction of the VDPBF16PS peak measured beside it (fastest call)"
+    return bars, "fraction of the peak of the kernel's multiply instruction (fastest call)"
 
 
 def draw(path, title, bars, meaning):
@@ -62,6 +62,7 @@ def main():
         "h100": "NVIDIA H100, bf16, 64 heads x 128, top 2048, causal prefill",
         "xeon-emerald-rapids": "Xeon with AMX, 16 threads, bf16, 64 heads x 128, top 2048",
         "zen4": "Zen 4 (AVX-512 BF16), bf16, 64 heads x 128, top 2048",
+        "zen4-fp32-kernels": "Zen 4, AVX2 and AVX-512 without BF16, 64 heads x 128, top 2048",
     }
     for path in sorted(directory.glob("*.json")):
         data = json.loads(path.read_text())
