@@ -157,9 +157,10 @@ static void check_merge(const struct input *in, int k, const struct topk_loops *
     }
     int first = (int)rng_below(rng, PIECES);
     for (int i = 0; i < PIECES; i++) {
+        const struct topk *p = &part[(first + i * 2) % PIECES];
         t.entry = (uint64_t *)(void *)list[i % 2].data;
-        t.n = lidx_topk_merge(t.entry, k, (uint64_t *)(void *)list[(i + 1) % 2].data,
-                              part[(first + i * 2) % PIECES].entry);
+        t.n = lidx_topk_merge(t.entry, k, (uint64_t *)(void *)list[(i + 1) % 2].data, t.n, p->entry,
+                              p->n);
         CHECK(t.entry[t.n] == 0, "%s: a merged list of %d has no end", what, t.n);
     }
     check_answer(&t, in, k, what);

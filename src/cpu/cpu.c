@@ -291,7 +291,7 @@ static void merge_pair(struct worker *w, const struct plan_item *item, int left,
         struct slot *a = slot_at(w->run, slot_index(item, left, r));
         const struct slot *b = slot_at(w->run, slot_index(item, right, r));
         uint64_t *merged = w->row[r].topk.entry;
-        int n = lidx_topk_merge(merged, w->run->p->top_k, a->entry, b->entry);
+        int n = lidx_topk_merge(merged, w->run->p->top_k, a->entry, (int)a->n, b->entry, (int)b->n);
         fill_slot(a, merged, n);
     }
 }

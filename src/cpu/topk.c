@@ -111,18 +111,38 @@ void lidx_topk_push(struct topk *t, const float *score, int n, int64_t position)
     t->n += t->loops->filter(t->entry + t->n, score, n, (uint32_t)position, t->threshold);
 }
 
-int lidx_topk_merge(uint64_t *out, int k, const uint64_t *a, const uint64_t *b) {
-    for (int i = 0; i < k; i++) {
-        uint64_t best_a = *a, best_b = *b;
-        int take_a = best_a > best_b;
-        out[i] = take_a ? best_a : best_b;
-        if (out[i] == 0)
-            return i;
-        a += take_a;
-        b += !take_a;
+/* How many of the n best of two sorted lists are a's. */
+static int count_from_a(int n, const uint64_t *a, int n_a, const uint64_t *b, int n_b) {
+    int low = n > n_b ? n - n_b : 0, high = n < n_a ? n : n_a;
+    while (low < high) {
+        int middle = low + (high - low) / 2;
+        if (a[middle] > b[n - middle - 1])
+            low = middle + 1;
+        else
+            high = middle;
     }
-    out[k] = 0;
-    return k;
+    return low;
+}
+
+/* Merges from both ends at once: two chains of loads and comparisons that do not wait for each
+ * other take half the time of one. */
+int lidx_topk_merge(uint64_t *out, int k, const uint64_t *a, int n_a, const uint64_t *b, int n_b) {
+    int n = n_a + n_b < k ? n_a + n_b : k;
+    int last_a = count_from_a(n, a, n_a, b, n_b) - 1, last_b = n - last_a - 2;
+    const uint64_t *first_a = a, *first_b = b;
+    for (int front = 0, back = n - 1; front <= back; front++, back--) {
+        uint64_t worst_a = last_a >= 0 ? a[last_a] : UINT64_MAX;
+        uint64_t worst_b = last_b >= 0 ? b[last_b] : UINT64_MAX;
+        int front_is_a = *first_a > *first_b, back_is_a = worst_a < worst_b;
+        out[front] = front_is_a ? *first_a : *first_b;
+        first_a += front_is_a;
+        first_b += !front_is_a;
+        out[back] = back_is_a ? worst_a : worst_b;
+        last_a -= back_is_a;
+        last_b -= !back_is_a;
+    }
+    out[n] = 0;
+    return n;
 }
 
 static void insertion_sort(uint64_t *entry, int n) {

@@ -80,6 +80,6 @@ void lidx_topk_sort(struct topk *t);
 
 /* The best of two sorted lists, each ended by a 0, which no entry is: up to k of them to `out`,
  * best first, and a 0 behind them. Returns how many. */
-int lidx_topk_merge(uint64_t *out, int k, const uint64_t *a, const uint64_t *b);
+int lidx_topk_merge(uint64_t *out, int k, const uint64_t *a, int n_a, const uint64_t *b, int n_b);
 
 #endif
