@@ -8,6 +8,8 @@ VENV    ?= .venv
 PYTHON  ?= python3
 PACKAGES = gcc make cmake libcjson-dev python3-venv
 
+MAKEFLAGS += --no-print-directory
+
 .PHONY: help all demo test test-c test-python test-trust test-aarch64 campaign bench install clean setup
 
 help:
@@ -22,12 +24,13 @@ setup:
 	@sh scripts/setup.sh $(PACKAGES)
 
 $(BUILD)/CMakeCache.txt: | setup
-	cmake --preset release -B $(BUILD)
+	cmake --preset release -B $(BUILD) $(if $(CI),-DLIDX_WERROR=ON)
 
 all: $(BUILD)/CMakeCache.txt
 	cmake --build $(BUILD) -j $(JOBS)
 
-demo: all
+demo: $(BUILD)/CMakeCache.txt
+	cmake --build $(BUILD) -j $(JOBS) --target lidx
 	$(BUILD)/tools/lidx demo
 
 test: test-c test-python test-trust

@@ -60,8 +60,8 @@ static const char *layout_name(int layout) {
 static void format_shape(char text[TEXT], const int64_t *shape, int ndim) {
     size_t used = (size_t)snprintf(text, TEXT, "[");
     for (int i = 0; i < ndim && used < TEXT - 1; i++)
-        used += (size_t)snprintf(text + used, TEXT - used, i ? ", %lld" : "%lld",
-                                 (long long)shape[i]);
+        used +=
+            (size_t)snprintf(text + used, TEXT - used, i ? ", %lld" : "%lld", (long long)shape[i]);
     if (used < TEXT - 1)
         snprintf(text + used, TEXT - used, "]");
 }
@@ -87,8 +87,9 @@ static int check_structure(struct checker *c, struct operand *o, const char *nam
     for (int i = 0; i < ndim; i++) {
         int64_t size = t->shape[i];
         if (size < 0)
-            return lidx_fail(LIDX_ERR_SHAPE, "%s has size %lld in dimension %d; sizes are 0 or more",
-                             name, (long long)size, i);
+            return lidx_fail(LIDX_ERR_SHAPE,
+                             "%s has size %lld in dimension %d; sizes are 0 or more", name,
+                             (long long)size, i);
         if (size == 0)
             empty = 1;
         else if (n > (INT64_MAX / 64) / size)
@@ -118,10 +119,9 @@ static int check_float_dtype(struct operand *o, int query_dtype) {
     o->dtype = tensor_dtype(o->tensor);
     if (o->dtype == query_dtype || o->dtype == DTYPE_F32)
         return LIDX_OK;
-    return lidx_fail(LIDX_ERR_DTYPE,
-                     "%s has dtype (code %d, %d bits); it should be query's (%s) or float32",
-                     o->name, o->tensor->dtype.code, o->tensor->dtype.bits,
-                     lidx_dtypes[query_dtype].name);
+    return lidx_fail(
+        LIDX_ERR_DTYPE, "%s has dtype (code %d, %d bits); it should be query's (%s) or float32",
+        o->name, o->tensor->dtype.code, o->tensor->dtype.bits, lidx_dtypes[query_dtype].name);
 }
 
 static int check_int32(struct operand *o) {
@@ -143,10 +143,11 @@ static int check_strides(struct operand *o, int packed, int is_output) {
     int64_t inner = 1;
     for (int i = t->ndim - 1; i > 0; i--) {
         if (t->strides && o->n_elements && t->shape[i] != 1 && t->strides[i] != inner)
-            return lidx_fail(LIDX_ERR_STRIDE,
-                             "%s has stride %lld in dimension %d; it should be %lld (all dimensions "
-                             "but the first are contiguous)",
-                             o->name, (long long)t->strides[i], i, (long long)inner);
+            return lidx_fail(
+                LIDX_ERR_STRIDE,
+                "%s has stride %lld in dimension %d; it should be %lld (all dimensions "
+                "but the first are contiguous)",
+                o->name, (long long)t->strides[i], i, (long long)inner);
         inner *= t->shape[i];
     }
     int64_t stride = inner;
@@ -232,7 +233,8 @@ static int check_query(struct checker *c) {
         return lidx_fail(LIDX_ERR_SHAPE, "query has %lld heads (N1); it should have 1 to %d",
                          (long long)heads, LIDX_MAX_HEADS);
     if (dim != 64 && dim != 128)
-        return lidx_fail(LIDX_ERR_SHAPE, "query has head dimension %lld (D); it should be 64 or 128",
+        return lidx_fail(LIDX_ERR_SHAPE,
+                         "query has head dimension %lld (D); it should be 64 or 128",
                          (long long)dim);
     p->n_heads = (int32_t)heads;
     p->head_dim = (int32_t)dim;
@@ -249,10 +251,9 @@ static int check_key(struct checker *c) {
         return status;
     c->key.dtype = tensor_dtype(c->key.tensor);
     if (c->key.dtype != p->dtype)
-        return lidx_fail(LIDX_ERR_DTYPE,
-                         "key has dtype (code %d, %d bits); it should be query's, %s",
-                         c->key.tensor->dtype.code, c->key.tensor->dtype.bits,
-                         lidx_dtypes[p->dtype].name);
+        return lidx_fail(
+            LIDX_ERR_DTYPE, "key has dtype (code %d, %d bits); it should be query's, %s",
+            c->key.tensor->dtype.code, c->key.tensor->dtype.bits, lidx_dtypes[p->dtype].name);
     const int64_t *shape = c->key.tensor->shape;
     int64_t expected[MAX_DIMS] = {shape[0], p->key_packed ? 1 : shape[1],
                                   p->key_packed ? p->head_dim : 1, p->head_dim};
@@ -297,23 +298,22 @@ static int check_lists(struct checker *c) {
     struct problem *p = c->p;
     const struct lidx_args *args = c->args;
     int paged = args->layout_key == LIDX_PA_BSND, status;
-    status = check_lengths(c, &c->query_lengths, "actual_seq_lengths_query",
-                           args->actual_seq_lengths_query,
-                           p->query_packed ? "layout_query TND" : NULL);
+    status =
+        check_lengths(c, &c->query_lengths, "actual_seq_lengths_query",
+                      args->actual_seq_lengths_query, p->query_packed ? "layout_query TND" : NULL);
     if (status)
         return status;
-    status = check_lengths(c, &c->key_lengths, "actual_seq_lengths_key",
-                           args->actual_seq_lengths_key,
-                           paged           ? "layout_key PA_BSND"
-                           : p->key_packed ? "layout_key TND"
-                                           : NULL);
+    status =
+        check_lengths(c, &c->key_lengths, "actual_seq_lengths_key", args->actual_seq_lengths_key,
+                      paged           ? "layout_key PA_BSND"
+                      : p->key_packed ? "layout_key TND"
+                                      : NULL);
     if (status)
         return status;
     if (p->query_packed)
         p->n_batch = c->query_lengths.tensor->shape[0];
     const char *meaning = "one length a batch";
-    if (c->query_lengths.tensor &&
-        (status = check_shape(&c->query_lengths, &p->n_batch, meaning)))
+    if (c->query_lengths.tensor && (status = check_shape(&c->query_lengths, &p->n_batch, meaning)))
         return status;
     if (c->key_lengths.tensor && (status = check_shape(&c->key_lengths, &p->n_batch, meaning)))
         return status;

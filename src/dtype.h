@@ -11,8 +11,8 @@
 #include "problem.h"
 
 struct dtype_row {
-    const char *name;  /* as an error sentence says it */
-    uint8_t code;      /* DLPack's type code */
+    const char *name; /* as an error sentence says it */
+    uint8_t code;     /* DLPack's type code */
     uint8_t bits;
 };
 

@@ -22,8 +22,8 @@ const char *lidx_last_error(void) {
 
 const char *lidx_status_name(int status) {
     static const char *const names[] = {
-        "LIDX_OK",         "LIDX_ERR_ARGUMENT", "LIDX_ERR_LAYOUT", "LIDX_ERR_SHAPE",
-        "LIDX_ERR_DTYPE",  "LIDX_ERR_STRIDE",   "LIDX_ERR_OPTION", "LIDX_ERR_VALUE",
+        "LIDX_OK",         "LIDX_ERR_ARGUMENT",  "LIDX_ERR_LAYOUT", "LIDX_ERR_SHAPE",
+        "LIDX_ERR_DTYPE",  "LIDX_ERR_STRIDE",    "LIDX_ERR_OPTION", "LIDX_ERR_VALUE",
         "LIDX_ERR_DEVICE", "LIDX_ERR_WORKSPACE", "LIDX_ERR_MEMORY", "LIDX_ERR_CUDA",
     };
     if (status < 0 || status >= (int)(sizeof names / sizeof names[0]))

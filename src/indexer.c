@@ -66,9 +66,9 @@ static int check_kernel_name(const char *name) {
         struct lidx_kernel_info info = {.size = sizeof info};
         lidx_kernel_info(i, &info);
         if (strcmp(name, info.name) == 0)
-            return info.available ? LIDX_OK
-                                  : lidx_fail(LIDX_ERR_OPTION, "kernel is \"%s\": %s", name,
-                                              info.reason);
+            return info.available
+                       ? LIDX_OK
+                       : lidx_fail(LIDX_ERR_OPTION, "kernel is \"%s\": %s", name, info.reason);
         if (strlen(known) + strlen(info.name) + 3 < sizeof known) {
             strcat(known, i ? ", " : "");
             strcat(known, info.name);
@@ -80,8 +80,8 @@ static int check_kernel_name(const char *name) {
 static int resolve_options(struct lidx_options *resolved, const struct lidx_options *options) {
     *resolved = (struct lidx_options)LIDX_OPTIONS_INIT;
     if (options) {
-        int status = lidx_copy_sized(resolved, sizeof *resolved, options, OPTIONS_MINIMUM,
-                                     "lidx_options");
+        int status =
+            lidx_copy_sized(resolved, sizeof *resolved, options, OPTIONS_MINIMUM, "lidx_options");
         if (status)
             return status;
     }
@@ -160,7 +160,8 @@ int lidx_workspace_size(struct lidx_context *context, const struct lidx_args *ar
     if (status)
         return status;
     if (!bytes)
-        return lidx_fail(LIDX_ERR_ARGUMENT, "bytes is NULL; it should point at where the size goes");
+        return lidx_fail(LIDX_ERR_ARGUMENT,
+                         "bytes is NULL; it should point at where the size goes");
     return backends[i]->workspace_size(context->state[i], &p, device.device_id, bytes);
 }
 

@@ -114,8 +114,8 @@ uint64_t lidx_features(void) {
     return value >> 1;
 }
 
-static const char *const names[] = {"avx2",      "fma",  "f16c",      "avx512",    "avx512_bf16",
-                                    "amx_bf16",  "neon", "neon_fp16", "neon_bf16", "slow_vdpbf16ps"};
+static const char *const names[] = {"avx2",     "fma",  "f16c",      "avx512",    "avx512_bf16",
+                                    "amx_bf16", "neon", "neon_fp16", "neon_bf16", "slow_vdpbf16ps"};
 
 const char *lidx_feature_name(uint64_t bits) {
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)

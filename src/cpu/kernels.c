@@ -15,16 +15,13 @@ extern const struct kernel lidx_kernel_neon_bf16, lidx_kernel_neon;
 
 const struct kernel *const lidx_kernels[] = {
 #if defined(__x86_64__)
-    &lidx_kernel_amx,
-    &lidx_kernel_avx512_bf16,
-    &lidx_kernel_avx512,
-    &lidx_kernel_avx2,
+    &lidx_kernel_amx,    &lidx_kernel_avx512_bf16,
+    &lidx_kernel_avx512, &lidx_kernel_avx2,
 #elif defined(__aarch64__)
     &lidx_kernel_neon_bf16,
     &lidx_kernel_neon,
 #endif
-    &lidx_kernel_scalar,
-    NULL,
+    &lidx_kernel_scalar, NULL,
 };
 
 int lidx_kernel_usable(const struct kernel *kernel) {
