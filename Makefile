@@ -46,7 +46,7 @@ $(VENV)/ready: tests/requirements.txt | setup
 # The wheel is built and installed as a user would, but for the CUDA kernels, which were built above.
 test-python: all $(VENV)/ready
 	$(VENV)/bin/pip install -q --no-build-isolation --no-deps --force-reinstall \
-	    -C cmake.define.LIDX_CUDA=OFF .
+	    --config-settings=cmake.define.LIDX_CUDA=OFF .
 	LIDX_BIN=$(BUILD)/tools/lidx $(VENV)/bin/python -m pytest -q tests
 
 test-trust: all
