@@ -258,7 +258,7 @@ def wheel(tmp_path_factory):
     skipped = shutil.ignore_patterns("build*", ".git", ".venv*", "results", "*.sass", "__pycache__")
     shutil.copytree(REPOSITORY, source, ignore=skipped)
     out = tmp_path_factory.mktemp("wheel")
-    command = "wheel --no-build-isolation --no-deps -q -C cmake.define.LIDX_CUDA=OFF -w".split()
+    command = "wheel --no-build-isolation --no-deps -q --config-settings=cmake.define.LIDX_CUDA=OFF -w".split()
     done = subprocess.run(
         [sys.executable, "-m", "pip", *command, str(out), str(source)],
         capture_output=True,
