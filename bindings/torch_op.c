@@ -50,6 +50,7 @@ static const struct symbol {
     {"aoti_torch_library_init_impl", offsetof(struct torch_shim, library_init_impl), NEEDED},
     {"aoti_torch_library_def", offsetof(struct torch_shim, library_def), NEEDED},
     {"aoti_torch_library_impl", offsetof(struct torch_shim, library_impl), NEEDED},
+    {"aoti_torch_is_defined", offsetof(struct torch_shim, is_defined), NEEDED},
     {"aoti_torch_get_dim", offsetof(struct torch_shim, get_dim), NEEDED},
     {"aoti_torch_get_sizes", offsetof(struct torch_shim, get_sizes), NEEDED},
     {"aoti_torch_get_strides", offsetof(struct torch_shim, get_strides), NEEDED},
@@ -205,12 +206,15 @@ static const char *const tensor_names[N_TENSORS] = {
 struct call {
     struct lidx_args args;
     struct torch_tensor *handle[N_TENSORS]; /* owned */
-    struct lidx_tensor tensor[N_TENSORS];
     int64_t sparse_count, sparse_mode, pre_tokens, next_tokens;
     int return_values;
     int32_t device_type, device_index; /* query's, as torch numbers them */
     const char *error;                 /* NULL while all is well */
-    char sentence[256];                /* where the operator's own refusals are written */
+
+    /* What follows is written before it is read, so a call does not begin by clearing it. */
+    struct lidx_tensor tensor[N_TENSORS];
+    int64_t output_shape[4], output_strides[4];
+    char sentence[256]; /* where the operator's own refusals are written */
 };
 
 static void free_cell(torch_value *cell) {
@@ -286,26 +290,38 @@ static struct lidx_device device_of(int32_t type, int32_t index) {
     return (struct lidx_device){-1, type};
 }
 
+/* A tensor whose facts torch did not give. */
+static void refuse_tensor(struct call *c, int which) {
+    bool defined = true;
+    torch.is_defined(c->handle[which], &defined);
+    snprintf(c->sentence, sizeof c->sentence, "%s is %s", tensor_names[which],
+             defined ? "not a tensor with strides and memory"
+                     : "missing; it is a required argument");
+    c->error = c->sentence;
+}
+
 /* Fills tensor[which] from its handle; the arrays stay torch's. */
 static void describe(struct call *c, int which) {
     struct torch_tensor *handle = c->handle[which];
-    struct lidx_tensor *t = &c->tensor[which];
-    int64_t ndim = 0;
+    int64_t ndim = 0, *shape = NULL, *strides = NULL;
     int32_t dtype = 0, type = 0, index = 0;
     const void *data = NULL;
-    if (torch.get_dim(handle, &ndim) || torch.get_sizes(handle, &t->shape) ||
-        torch.get_strides(handle, &t->strides) || torch.get_dtype(handle, &dtype) ||
-        torch.get_device_type(handle, &type) || torch.get_device_index(handle, &index) ||
+    if (torch.get_dim(handle, &ndim) || torch.get_sizes(handle, &shape) ||
+        torch.get_strides(handle, &strides) || torch.get_dtype(handle, &dtype) ||
+        torch.get_device_type(handle, &type) ||
+        (type != numbers.cpu && torch.get_device_index(handle, &index)) ||
         torch.get_const_data(handle, &data)) {
-        snprintf(c->sentence, sizeof c->sentence, "%s is not a tensor with strides and memory",
-                 tensor_names[which]);
-        c->error = c->sentence;
+        refuse_tensor(c, which);
         return;
     }
-    t->data = (void *)(uintptr_t)data;
-    t->ndim = (int32_t)ndim;
-    t->dtype = dtype_of(dtype);
-    t->device = device_of(type, index);
+    c->tensor[which] = (struct lidx_tensor){
+        .data = (void *)(uintptr_t)data,
+        .device = device_of(type, index),
+        .ndim = (int32_t)ndim,
+        .dtype = dtype_of(dtype),
+        .shape = shape,
+        .strides = strides,
+    };
     if (which == QUERY) {
         c->device_type = type;
         c->device_index = index;
@@ -334,15 +350,11 @@ static void check_ints(struct call *c) {
     c->args.sparse_mode = (int32_t)c->sparse_mode;
 }
 
-static void *allocate(struct call *c, int which, int64_t ndim, const int64_t *sizes,
-                      int32_t dtype) {
-    int64_t strides[4];
+/* A new tensor on query's device; its memory, or NULL where it has none. */
+static void *allocate(struct call *c, int which, int64_t ndim, const int64_t *shape,
+                      const int64_t *strides, int32_t dtype) {
     void *data = NULL;
-    for (int64_t i = ndim - 1, stride = 1; i >= 0; i--) {
-        strides[i] = stride;
-        stride *= sizes[i];
-    }
-    if (torch.empty_strided(ndim, sizes, strides, dtype, c->device_type, c->device_index,
+    if (torch.empty_strided(ndim, shape, strides, dtype, c->device_type, c->device_index,
                             &c->handle[which]) ||
         torch.get_data(c->handle[which], &data)) {
         snprintf(c->sentence, sizeof c->sentence, "torch could not allocate %s",
@@ -356,29 +368,39 @@ static int32_t query_dtype(const struct call *c) {
     return c->tensor[QUERY].dtype.code == LIDX_BFLOAT ? numbers.bfloat16 : numbers.float16;
 }
 
+/* A new contiguous output of the shape in output_shape. */
+static const struct lidx_tensor *make_output(struct call *c, int which, int32_t dtype) {
+    const struct lidx_tensor *query = &c->tensor[QUERY];
+    c->tensor[which] = (struct lidx_tensor){
+        .data = allocate(c, which, query->ndim, c->output_shape, c->output_strides, dtype),
+        .device = query->device,
+        .ndim = query->ndim,
+        .dtype = dtype_of(dtype),
+        .shape = c->output_shape,
+        .strides = c->output_strides,
+    };
+    return &c->tensor[which];
+}
+
 /* The outputs, where query's shape and the options say what they are. Where they do not, the
  * library is asked without outputs: it looks at them last and so refuses with the true reason. */
 static void make_outputs(struct call *c) {
     const struct lidx_tensor *query = &c->tensor[QUERY];
-    int packed = c->args.layout_query == LIDX_TND;
-    if (query->ndim != (packed ? 3 : 4) || c->args.layout_query == LIDX_PA_BSND ||
-        c->args.sparse_count < 1 || c->args.sparse_count > LIDX_MAX_TOP_K)
+    int32_t ndim = query->ndim, count = c->args.sparse_count;
+    if (ndim != (c->args.layout_query == LIDX_TND ? 3 : 4) ||
+        c->args.layout_query == LIDX_PA_BSND || count < 1 || count > LIDX_MAX_TOP_K)
         return;
-    int64_t sizes[4] = {query->shape[0], query->shape[1], 1, c->args.sparse_count};
-    if (packed) {
-        sizes[1] = 1;
-        sizes[2] = c->args.sparse_count;
-    }
-    allocate(c, INDICES, query->ndim, sizes, numbers.int32);
-    if (!c->error)
-        describe(c, INDICES);
-    c->args.sparse_indices = &c->tensor[INDICES];
-    if (c->return_values && !c->error) {
-        allocate(c, VALUES, query->ndim, sizes, query_dtype(c));
-        if (!c->error)
-            describe(c, VALUES);
-        c->args.sparse_values = &c->tensor[VALUES];
-    }
+    int64_t *shape = c->output_shape, *strides = c->output_strides;
+    for (int i = 0; i < ndim - 2; i++)
+        shape[i] = query->shape[i];
+    shape[ndim - 2] = 1;
+    shape[ndim - 1] = count;
+    strides[ndim - 1] = 1;
+    for (int i = ndim - 2; i >= 0; i--)
+        strides[i] = strides[i + 1] * shape[i + 1];
+    c->args.sparse_indices = make_output(c, INDICES, numbers.int32);
+    if (c->return_values && !c->error)
+        c->args.sparse_values = make_output(c, VALUES, query_dtype(c));
 }
 
 /* torch's allocator gives the workspace and takes it back at once: it hands memory on in stream
@@ -392,8 +414,8 @@ static void make_workspace(struct call *c, struct lidx_context *context) {
     if (torch.get_cuda_stream)
         torch.get_cuda_stream(c->device_index, &c->args.stream);
     if (bytes) {
-        int64_t size = (int64_t)bytes;
-        c->args.workspace = allocate(c, WORKSPACE, 1, &size, numbers.uint8);
+        const int64_t size = (int64_t)bytes, stride = 1;
+        c->args.workspace = allocate(c, WORKSPACE, 1, &size, &stride, numbers.uint8);
         c->args.workspace_size = bytes;
     }
 }
@@ -446,7 +468,7 @@ static void finish(struct call *c) {
 }
 
 static void begin(struct call *c, const torch_value *stack) {
-    memset(c, 0, sizeof *c);
+    memset(c, 0, offsetof(struct call, tensor));
     c->args = (struct lidx_args)LIDX_ARGS_INIT;
     c->sparse_count = LIDX_DEFAULT_TOP_K;
     c->sparse_mode = LIDX_MODE_CAUSAL;
@@ -507,8 +529,8 @@ static void kernel_npu(torch_value *stack, uint64_t n_arguments, uint64_t n_resu
     if (!c.error)
         run(&c);
     if (!c.error && !c.return_values) {
-        const int64_t none = 0;
-        allocate(&c, VALUES, 1, &none, query_dtype(&c));
+        const int64_t none = 0, stride = 1;
+        allocate(&c, VALUES, 1, &none, &stride, query_dtype(&c));
     }
     finish(&c);
     stack[0] = (torch_value)(uintptr_t)c.handle[INDICES];

@@ -36,7 +36,9 @@ struct torch_shim {
     torch_error (*library_impl)(struct torch_library *library, const char *name,
                                 torch_kernel kernel);
 
-    /* Facts of a tensor. Sizes and strides are borrowed from it. */
+    /* Facts of a tensor. Sizes and strides are borrowed from it. One that is not defined, which is
+     * what None becomes where a tensor is required, has no others. */
+    torch_error (*is_defined)(struct torch_tensor *tensor, bool *defined);
     torch_error (*get_dim)(struct torch_tensor *tensor, int64_t *ndim);
     torch_error (*get_sizes)(struct torch_tensor *tensor, int64_t **sizes);
     torch_error (*get_strides)(struct torch_tensor *tensor, int64_t **strides);

@@ -144,10 +144,13 @@ def test_errors():
         call(query, key, weights, sparse_count=2**32 + 1)
     with pytest.raises(RuntimeError, match='layout_key is "NSD"'):
         call(query, key, weights, layout_key="NSD")
-    with pytest.raises(RuntimeError, match="key is missing"):
-        call(query, None, weights)
-    with pytest.raises(RuntimeError, match="query is missing"):
-        call(None, key, weights)
+    for name, arrays in {
+        "query": (None, key, weights),
+        "key": (query, None, weights),
+        "weights": (query, key, None),
+    }.items():
+        with pytest.raises(RuntimeError, match=f"^{name} is missing; it is a required argument"):
+            call(*arrays)
     with pytest.raises(TypeError, match="list is not an array"):
         call(query, [1, 2], weights)
 

@@ -636,6 +636,52 @@ def test_each_error_is_a_runtime_error_with_the_librarys_sentence(sentence):
     assert str(by_torch.value) == str(by_library.value)
 
 
+TENSOR_NAMES = (
+    "query",
+    "key",
+    "weights",
+    "actual_seq_lengths_query",
+    "actual_seq_lengths_key",
+    "block_table",
+)
+
+
+def call_both(tensors, options):
+    """Calls each operator with the six tensors by name; yields the refusals."""
+    for call in (PAGE, NPU):
+        required, optional = tensors[:3], dict(zip(TENSOR_NAMES[3:], tensors[3:]))
+        with pytest.raises(RuntimeError) as refusal:
+            call(*required, **optional, **options)
+        yield str(refusal.value)
+
+
+@pytest.mark.parametrize("position", range(6), ids=TENSOR_NAMES)
+@pytest.mark.parametrize("stray", ["one on meta", "all but one on meta"])
+def test_a_meta_tensor_among_real_ones_is_refused(position, stray):
+    """Torch brings such a call to the fake operator, whose answer would be memory nobody wrote."""
+    case = Case(("TND", "PA_BSND"))
+    tensors = [*case.tensors, *case.lists, case.table]
+    is_stray = lambda i: (i == position) == (stray == "one on meta")
+    tensors = [t.to("meta") if is_stray(i) else t for i, t in enumerate(tensors)]
+    for refusal in call_both(tensors, case.options):
+        assert "all tensors should be on one device" in refusal
+        assert "meta" in refusal and "cpu" in refusal
+
+
+@pytest.mark.parametrize("missing", range(3), ids=TENSOR_NAMES[:3])
+@pytest.mark.parametrize("devices", [("cpu", "cpu"), ("cpu", "meta"), ("meta", "cpu"), ("meta", "meta")])
+def test_a_missing_tensor_is_named(missing, devices):
+    case = Case(lists=False)
+    rest = iter(devices)
+    tensors = [None if i == missing else t.to(next(rest)) for i, t in enumerate(case.tensors)]
+    sentence = f"{TENSOR_NAMES[missing]} is missing; it is a required argument"
+    for refusal in call_both([*tensors, None, None, None], case.options):
+        assert refusal.startswith(sentence)
+    for return_values in (False, True):
+        with pytest.raises(RuntimeError, match=sentence):
+            lightning_indexer.lightning_indexer(*tensors, return_values=return_values)
+
+
 def test_windows_are_refused():
     args, kwargs = Case().npu_args()
     for name in ("pre_tokens", "next_tokens"):

@@ -24,17 +24,18 @@ from ._library import cpu_features, kernels, version
 __version__ = version()
 __all__ = ["cpu_features", "kernels", "lightning_indexer", "version"]
 
+_TorchTensor = ()  # torch.Tensor, once the operators are registered
 _torch_error = None
 
 
 def _register():
     """Registers with torch if there is one; what went wrong is kept and told at a call too."""
-    global _torch_error
+    global _TorchTensor, _torch_error
     if _os.environ.get("LIDX_TORCH", "1") == "0":
         _torch_error = "LIDX_TORCH is 0"
         return
     try:
-        import torch  # noqa: F401
+        import torch
     except ImportError as error:
         _torch_error = str(error)
         return
@@ -42,6 +43,7 @@ def _register():
         from . import _torch
 
         _torch.register()
+        _TorchTensor = torch.Tensor
     except (RuntimeError, OSError, AttributeError) as error:
         _torch_error = str(error)
         _warnings.warn(f"lightning_indexer is not registered with torch: {error}", stacklevel=3)
@@ -120,28 +122,17 @@ def lightning_indexer(
     Threads: any may call; each has a context of its own, up to 4 MiB for each CPU thread that
     works for it. For torch tensors that is `torch.get_num_threads()`, else OpenMP's default.
     """
+    lengths = (actual_seq_lengths_query, actual_seq_lengths_key)
+    options = (layout_query, layout_key, sparse_count, sparse_mode)
+    if isinstance(query, _TorchTensor):
+        return _torch.call(query, key, weights, *lengths, block_table, options, return_values)
+
     torch = _sys.modules.get("torch")
     if torch is not None and isinstance(query, torch.Tensor):
-        if _torch_error:
-            raise RuntimeError(f"lightning_indexer is not registered with torch: {_torch_error}")
-        from . import _torch
-
-        options = (layout_query, layout_key, sparse_count, sparse_mode)
-        lengths = (actual_seq_lengths_query, actual_seq_lengths_key)
-        return _torch.call(query, key, weights, *lengths, block_table, options, return_values)
+        raise RuntimeError(f"lightning_indexer is not registered with torch: {_torch_error}")
 
     from . import _arrays
 
     return _arrays.lightning_indexer(
-        query,
-        key,
-        weights,
-        actual_seq_lengths_query,
-        actual_seq_lengths_key,
-        block_table,
-        layout_query,
-        layout_key,
-        sparse_count,
-        sparse_mode,
-        return_values,
+        query, key, weights, *lengths, block_table, *options, return_values
     )

@@ -58,6 +58,11 @@ def symbols(op=None):
     return found
 
 
+def schema(name):
+    """The schema of one of OPS as text, without a namespace."""
+    return _load_op().lidx_torch_schema(name.encode()).decode()
+
+
 def _schema_text(qualified):
     schemas = torch._C._jit_get_schemas_for_operator(qualified)
     return [str(schema) for schema in schemas]
@@ -69,8 +74,12 @@ def _same_schema(op, namespace, name):
     return str(ours) in _schema_text(f"{namespace}::{name}")
 
 
-def _check_devices(**tensors):
+def _check_tensors(**tensors):
     """One meta tensor among real ones brings a real call here, which must not pass for a fake."""
+    for name in ("query", "key", "weights"):
+        torch._check(
+            tensors[name] is not None, lambda: f"{name} is missing; it is a required argument"
+        )
     device = tensors["query"].device
     for name, tensor in tensors.items():
         torch._check(
@@ -80,7 +89,25 @@ def _check_devices(**tensors):
         )
 
 
-def _output_shape(query, layout_query, sparse_count):
+def _fake_indices(
+    query,
+    key,
+    weights,
+    actual_seq_lengths_query,
+    actual_seq_lengths_key,
+    block_table,
+    layout_query,
+    sparse_count,
+):
+    """What both operators return first, or the refusal of what needs no data to be refused."""
+    _check_tensors(
+        query=query,
+        key=key,
+        weights=weights,
+        actual_seq_lengths_query=actual_seq_lengths_query,
+        actual_seq_lengths_key=actual_seq_lengths_key,
+        block_table=block_table,
+    )
     rank = 3 if layout_query == "TND" else 4
     torch._check(
         layout_query in ("BSND", "TND"),
@@ -94,7 +121,7 @@ def _output_shape(query, layout_query, sparse_count):
         1 <= sparse_count <= MAX_SPARSE_COUNT,
         lambda: f"sparse_count is {sparse_count}; it should be 1 to {MAX_SPARSE_COUNT}",
     )
-    return (*query.shape[:-2], 1, sparse_count)
+    return query.new_empty((*query.shape[:-2], 1, sparse_count), dtype=torch.int32)
 
 
 def _fake_page(
@@ -109,16 +136,9 @@ def _fake_page(
     sparse_count=None,
     sparse_mode=None,
 ):
-    _check_devices(
-        query=query,
-        key=key,
-        weights=weights,
-        actual_seq_lengths_query=actual_seq_lengths_query,
-        actual_seq_lengths_key=actual_seq_lengths_key,
-        block_table=block_table,
-    )
-    shape = _output_shape(query, layout_query or "BSND", 2048 if sparse_count is None else sparse_count)
-    return query.new_empty(shape, dtype=torch.int32)
+    lists = (actual_seq_lengths_query, actual_seq_lengths_key, block_table)
+    count = 2048 if sparse_count is None else sparse_count
+    return _fake_indices(query, key, weights, *lists, layout_query or "BSND", count)
 
 
 def _fake_npu(
@@ -137,19 +157,9 @@ def _fake_npu(
     next_tokens=2**63 - 1,
     return_value=False,
 ):
-    _check_devices(
-        query=query,
-        key=key,
-        weights=weights,
-        actual_seq_lengths_query=actual_seq_lengths_query,
-        actual_seq_lengths_key=actual_seq_lengths_key,
-        block_table=block_table,
-    )
-    shape = _output_shape(query, layout_query, sparse_count)
-    return (
-        query.new_empty(shape, dtype=torch.int32),
-        query.new_empty(shape if return_value else (0,)),
-    )
+    lists = (actual_seq_lengths_query, actual_seq_lengths_key, block_table)
+    indices = _fake_indices(query, key, weights, *lists, layout_query, sparse_count)
+    return indices, query.new_empty(indices.shape if return_value else (0,))
 
 
 _FAKES = {"lightning_indexer": _fake_page, "npu_lightning_indexer": _fake_npu}
@@ -195,11 +205,21 @@ def register():
 
 def call(query, key, weights, lengths_query, lengths_key, block_table, options, return_values):
     """The operator for torch tensors; `options` are the last four of the page's arguments."""
+    layout_query, layout_key, sparse_count, sparse_mode = options
     if not return_values:
         return torch.ops.lightning_indexer.lightning_indexer(
-            query, key, weights, lengths_query, lengths_key, block_table, *options
+            query,
+            key,
+            weights,
+            lengths_query,
+            lengths_key,
+            block_table,
+            # The default is not made into a string for C++, which takes longer than to compare.
+            None if layout_query == "BSND" else layout_query,
+            None if layout_key == "BSND" else layout_key,
+            sparse_count,
+            sparse_mode,
         )
-    layout_query, layout_key, sparse_count, sparse_mode = options
     return torch.ops.lightning_indexer.npu_lightning_indexer(
         query,
         key,
