@@ -59,10 +59,10 @@ def lightning_indexer(
     actual_seq_lengths_query=None,
     actual_seq_lengths_key=None,
     block_table=None,
-    layout_query="BSND",
-    layout_key="BSND",
-    sparse_count=2048,
-    sparse_mode=3,
+    layout_query=None,
+    layout_key=None,
+    sparse_count=None,
+    sparse_mode=None,
     *,
     return_values=False,
 ):
@@ -94,11 +94,11 @@ def lightning_indexer(
     block_table : int32 [B, blocks of the longest batch], layout_key PA_BSND only
         Key j of batch b is row `j % block_size` of page `block_table[b][j // block_size]`.
         block_size is a multiple of 16 in 16..1024.
-    layout_query, layout_key : str
+    layout_query, layout_key : str, "BSND" where None
         "BSND" / "BSND", "TND" / "TND", "BSND" / "PA_BSND" or "TND" / "PA_BSND".
-    sparse_count : int
+    sparse_count : int, 2048 where None
         k, 1..8192.
-    sparse_mode : int
+    sparse_mode : int, 3 where None
         0: a query sees every key of its batch. 3: right-bottom causal, query i of L1 sees the
         first L2 - L1 + i + 1 of L2 keys.
     return_values : bool
@@ -122,10 +122,20 @@ def lightning_indexer(
     Threads: any may call; each has a context of its own, up to 4 MiB for each CPU thread that
     works for it. For torch tensors that is `torch.get_num_threads()`, else OpenMP's default.
     """
-    lengths = (actual_seq_lengths_query, actual_seq_lengths_key)
-    options = (layout_query, layout_key, sparse_count, sparse_mode)
     if isinstance(query, _TorchTensor):
-        return _torch.call(query, key, weights, *lengths, block_table, options, return_values)
+        call = _torch.with_values if return_values else _torch.page
+        return call(
+            query,
+            key,
+            weights,
+            actual_seq_lengths_query,
+            actual_seq_lengths_key,
+            block_table,
+            layout_query,
+            layout_key,
+            sparse_count,
+            sparse_mode,
+        )
 
     torch = _sys.modules.get("torch")
     if torch is not None and isinstance(query, torch.Tensor):
@@ -134,5 +144,15 @@ def lightning_indexer(
     from . import _arrays
 
     return _arrays.lightning_indexer(
-        query, key, weights, *lengths, block_table, *options, return_values
+        query,
+        key,
+        weights,
+        actual_seq_lengths_query,
+        actual_seq_lengths_key,
+        block_table,
+        layout_query="BSND" if layout_query is None else layout_query,
+        layout_key="BSND" if layout_key is None else layout_key,
+        sparse_count=2048 if sparse_count is None else sparse_count,
+        sparse_mode=3 if sparse_mode is None else sparse_mode,
+        return_values=return_values,
     )

@@ -24,6 +24,7 @@ NAMESPACE = "lightning_indexer"
 OWNERS_OF_NPU = ("torch_npu", "sgl_kernel_npu")
 MAX_SPARSE_COUNT = 8192
 
+page = None  # torch.ops.lightning_indexer.lightning_indexer, once it is registered
 state = {}  # "npu::lightning_indexer" -> what was done about it, for `info`
 
 
@@ -190,10 +191,7 @@ def _alias(op, name):
     return "defined"
 
 
-def register():
-    """Registers all; once a process."""
-    if _schema_text(f"{NAMESPACE}::{OPS[0]}"):
-        return
+def _register_all():
     op = _load_op()
     has_cuda = torch.version.cuda is not None
     _check(op.lidx_torch_load(b"libtorch_cpu.so", b"libtorch_cuda.so" if has_cuda else None))
@@ -203,33 +201,37 @@ def register():
         state[f"npu::{name}"] = _alias(op, name)
 
 
-def call(query, key, weights, lengths_query, lengths_key, block_table, options, return_values):
-    """The operator for torch tensors; `options` are the last four of the page's arguments."""
-    layout_query, layout_key, sparse_count, sparse_mode = options
-    if not return_values:
-        return torch.ops.lightning_indexer.lightning_indexer(
-            query,
-            key,
-            weights,
-            lengths_query,
-            lengths_key,
-            block_table,
-            # The default is not made into a string for C++, which takes longer than to compare.
-            None if layout_query == "BSND" else layout_query,
-            None if layout_key == "BSND" else layout_key,
-            sparse_count,
-            sparse_mode,
-        )
+def register():
+    """Registers all; once a process."""
+    global page
+    if not _schema_text(f"{NAMESPACE}::{OPS[0]}"):
+        _register_all()
+    page = torch.ops.lightning_indexer.lightning_indexer
+
+
+def with_values(
+    query,
+    key,
+    weights,
+    actual_seq_lengths_query,
+    actual_seq_lengths_key,
+    block_table,
+    layout_query,
+    layout_key,
+    sparse_count,
+    sparse_mode,
+):
+    """(indices, values); the options may be None, as they may for `page`."""
     return torch.ops.lightning_indexer.npu_lightning_indexer(
         query,
         key,
         weights,
-        actual_seq_lengths_query=lengths_query,
-        actual_seq_lengths_key=lengths_key,
+        actual_seq_lengths_query=actual_seq_lengths_query,
+        actual_seq_lengths_key=actual_seq_lengths_key,
         block_table=block_table,
-        layout_query=layout_query,
-        layout_key=layout_key,
-        sparse_count=sparse_count,
-        sparse_mode=sparse_mode,
+        layout_query="BSND" if layout_query is None else layout_query,
+        layout_key="BSND" if layout_key is None else layout_key,
+        sparse_count=2048 if sparse_count is None else sparse_count,
+        sparse_mode=3 if sparse_mode is None else sparse_mode,
         return_value=True,
     )
