@@ -23,7 +23,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 if not any(k["backend"] == "cuda" and k["available"] for k in lightning_indexer.kernels()):
     pytest.skip("the library has no kernel for this CUDA device", allow_module_level=True)
 
-from test_torch import NPU, PAGE, PAIRS, Case, _special, make_cases
+from torch_cases import NPU, PAGE, PAIRS, Case, make_cases, special_numbers
 
 
 def random_case(seed, **more):
@@ -59,7 +59,7 @@ def test_agrees_with_the_reference(seed):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_ties_zeros_infinities_and_nans_are_exact(seed):
-    case = random_case(seed, fill=_special(seed))
+    case = random_case(seed, fill=special_numbers(seed))
     case.check_exactly(PAGE(*case.page_args()))
 
 

@@ -30,7 +30,7 @@ _torch_error = None
 
 def _register():
     """Registers with torch if there is one; what went wrong is kept and told at a call too."""
-    global _TorchTensor, _torch_error
+    global _torch, _torch_error, _TorchTensor
     if _os.environ.get("LIDX_TORCH", "1") == "0":
         _torch_error = "LIDX_TORCH is 0"
         return

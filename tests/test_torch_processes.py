@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator in threads and in other processes; and ten thousand calls that leak nothing."""
+
+import concurrent.futures
+import ctypes
+import gc
+import os
+
+import pytest
+from torch_cases import NPU, PAGE, Case, refused, run_python, torch
+
+
+# --- threads and processes ---------------------------------------------------------------------
+
+
+def test_threads_share_nothing():
+    cases = [Case(seed=seed, query_lengths=(5, 9), key_lengths=(300, 211)) for seed in range(4)]
+    expected = [PAGE(*case.page_args()) for case in cases]
+
+    def work(index):
+        case = cases[index % 4]
+        return all(torch.equal(PAGE(*case.page_args()), expected[index % 4]) for _ in range(20))
+
+    for _ in range(3):  # threads come and go, with their contexts
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(work, range(32)))
+
+
+def test_result_does_not_depend_on_the_number_of_threads():
+    case = Case(query_lengths=(70, 3), key_lengths=(900, 2000), heads=8, sparse_count=64)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3, 8):
+            torch.set_num_threads(n)
+            results.append(NPU(*case.tensors, **case.npu_args(return_value=True)[1]))
+    finally:
+        torch.set_num_threads(before)
+    for indices, values in results:
+        assert torch.equal(indices, results[0][0]) and torch.equal(values, results[0][1])
+
+
+class OperatorDataset(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, seed):
+        case = Case(seed=seed, query_lengths=(40, 3), key_lengths=(300, 211))
+        return PAGE(*case.page_args())
+
+
+def test_works_in_data_loader_workers():
+    dataset = OperatorDataset()
+    expected = torch.stack([dataset[seed] for seed in range(8)])  # the parent has run it too
+    loader = torch.utils.data.DataLoader(dataset, batch_size=4, num_workers=2)
+    assert torch.equal(torch.cat(list(loader)), expected)
+
+
+def test_works_in_a_forked_child():
+    run_python(
+        """
+        import os, torch, lightning_indexer
+        torch.set_num_threads(2)
+        q, k, w = torch.randn(1, 64, 4, 64).half(), torch.randn(1, 999, 1, 64).half(), torch.ones(1, 64, 4)
+        # Only the operator runs in the child: torch's own parallel loops hang there.
+        run = lambda: torch.ops.lightning_indexer.lightning_indexer(q, k, w).numpy().tobytes()
+        expected = run()
+        for _ in range(3):
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if run() == expected else 1)
+            assert os.waitpid(child, 0)[1] == 0
+        assert run() == expected
+        """
+    )
+
+
+# --- leaks -------------------------------------------------------------------------------------
+
+
+class Mallinfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def bytes_in_use():
+    """What malloc has given out, exactly; None where the C library cannot say."""
+    try:
+        mallinfo = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError):
+        return None
+    mallinfo.restype = Mallinfo
+    info = mallinfo()
+    return info.uordblks + info.hblkhd
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def live_tensors():
+    gc.collect()
+    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("layouts", [("TND", "PA_BSND"), ("BSND", "BSND")])
+def test_calls_and_refused_calls_leak_nothing(layouts):
+    case = Case(layouts, query_lengths=(1, 1), key_lengths=(3, 2), heads=1, sparse_count=2)
+    page = case.page_args()
+    args, kwargs = case.npu_args(return_value=True)
+    wrong_layout = page[:6] + ("layout with a name too long for a short string", "BSND", 2, 3)
+    wrong_count = page[:8] + (0, 3)
+    wrong_key = (page[0], page[1].float(), *page[2:])
+
+    def calls(n):
+        for _ in range(n):
+            PAGE(*page)
+            NPU(*args, **kwargs)
+
+    def refusals(n):
+        for _ in range(n):
+            refused(PAGE, *wrong_layout)
+            refused(PAGE, *wrong_count)
+            refused(PAGE, *wrong_key)
+            refused(NPU, *args, **{**kwargs, "pre_tokens": 1})
+
+    for work, n in ((calls, 5000), (refusals, 2500)):
+        work(300)
+        holders = [t._use_count() for t in page if isinstance(t, torch.Tensor)]
+        tensors, used, resident = live_tensors(), bytes_in_use(), resident_bytes()
+        work(n)  # 10,000 calls of the operators
+        assert live_tensors() == tensors
+        assert [t._use_count() for t in page if isinstance(t, torch.Tensor)] == holders
+        # One forgotten cell of 8 bytes a call would be 160 KB or more.
+        assert used is None or bytes_in_use() - used < 80_000
+        assert resident_bytes() - resident < 4 << 20
