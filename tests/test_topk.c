@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The selection against a plain sort of all scores: adversarial streams, every k, the vector forms
- * of its loops against the portable ones, and merges of partial answers.
+ * of its loops against the portable ones, and partial answers brought together.
  */
 #include "test.h"
 
@@ -24,6 +24,11 @@ enum stream {
     NEARLY_EQUAL,
     LAST_WINS, /* all equal but the last few */
     NEGATIVE,
+    LONG_TAIL,      /* many octaves, of one sign */
+    BOTH_TAILS,     /* many octaves, of both signs */
+    OUTLIERS,       /* a few far above, a few infinite */
+    MOSTLY_ZERO,
+    PERIODIC,       /* in step with any sample of every 2^n-th */
     STREAMS
 };
 
@@ -53,6 +58,18 @@ static float sample(enum stream stream, struct rng *rng, int i, int n) {
         return test_float_from_bits(0x42C80000u + (uint32_t)rng_below(rng, 3));
     case LAST_WINS:
         return i >= n - 3 ? 2.0f + (float)i : 1.0f;
+    case LONG_TAIL:
+        return expf(rng_normal(rng) * 8.0f);
+    case BOTH_TAILS:
+        return expf(rng_normal(rng) * 8.0f) * (rng_below(rng, 2) ? 1.0f : -1.0f);
+    case OUTLIERS:
+        return rng_below(rng, 100)  ? rng_normal(rng)
+               : rng_below(rng, 10) ? rng_normal(rng) * 1e30f
+                                    : copysignf(INFINITY, rng_normal(rng));
+    case MOSTLY_ZERO:
+        return rng_below(rng, 4) ? 0.0f : rng_normal(rng);
+    case PERIODIC:
+        return (float)(i % 64) + rng_normal(rng) * 0.01f;
     case NEGATIVE:
         return -fabsf(rng_normal(rng));
     default:
@@ -170,8 +187,31 @@ static void check_merge(const struct input *in, int k, const struct topk_loops *
         guard_free(&list[i]);
 }
 
+/* The stream in pieces, each sorted alone and added to one selection, in any order. */
+static void check_add(const struct input *in, int k, const struct topk_loops *loops,
+                      struct rng *rng, const char *what) {
+    enum { PIECES = 9 };
+    struct guard memory[2] = {entries(k), entries(k)};
+    struct topk whole, part;
+    int cut[PIECES + 1] = {0}, first = (int)rng_below(rng, PIECES);
+    for (int i = 1; i <= PIECES; i++)
+        cut[i] = i == PIECES ? in->n : (int)rng_between(rng, cut[i - 1], in->n);
+    lidx_topk_reset(&whole, k, (uint64_t *)(void *)memory[0].data, loops);
+    for (int i = 0; i < PIECES; i++) {
+        int piece = (first + i * 2) % PIECES;
+        lidx_topk_reset(&part, k, (uint64_t *)(void *)memory[1].data, loops);
+        push_range(&part, in, cut[piece], cut[piece + 1], rng);
+        lidx_topk_sort(&part);
+        lidx_topk_add(&whole, part.entry, part.n);
+    }
+    lidx_topk_sort(&whole);
+    check_answer(&whole, in, k, what);
+    guard_free(&memory[0]);
+    guard_free(&memory[1]);
+}
+
 static int pick_k(struct rng *rng, int n) {
-    switch (rng_below(rng, 7)) {
+    switch (rng_below(rng, 8)) {
     case 0:
         return n ? n : 1;
     case 1:
@@ -182,6 +222,8 @@ static int pick_k(struct rng *rng, int n) {
         return (int)rng_between(rng, 1, 8192);
     case 4:
         return 1;
+    case 5: /* around whole blocks of the vector forms */
+        return (int)(rng_between(rng, 1, 16) * 128 + rng_between(rng, -17, 17));
     default:
         return (int)rng_between(rng, 1, 300);
     }
@@ -193,6 +235,8 @@ static void run_case(long number, const struct topk_loops *loops, const char *lo
     struct input in;
     char what[96];
     in.n = (int)rng_between(&rng, 0, rng_below(&rng, 4) ? 2500 : 30000);
+    if (rng_below(&rng, 3) == 0)
+        in.n = (int)(rng_between(&rng, 1, 20) * 128 + rng_between(&rng, -17, 17));
     in.offset = rng_below(&rng, 8) ? 0 : INT32_MAX - in.n;
     in.score = malloc(sizeof *in.score * (size_t)(in.n + 1));
     for (int i = 0; i < in.n; i++)
@@ -204,6 +248,7 @@ static void run_case(long number, const struct topk_loops *loops, const char *lo
              (int)stream, in.n, k);
     check_stream(&in, k, loops, &rng, what);
     check_merge(&in, k, loops, &rng, what);
+    check_add(&in, k, loops, &rng, what);
     free(in.score);
     free(in.order);
 }

@@ -4,13 +4,18 @@
  * buffer is cut back to k..1.5k and the threshold rises. Most keys of a long row then cost one
  * comparison.
  *
- * Cutting and ordering both look at the range that the entries really span, so that scores
- * crowded around +100 or spread over 1e-8 are resolved alike: cutting divides the range into 2^11
- * equal bins and counts; ordering is a radix sort on the highest bits, 22 at most, in which the
- * entries differ. A bin or a run that is not resolved by these bits is treated the same way again,
- * with its own, narrower range: each round uses up 11 bits or more of 64, whatever the input.
+ * A cut takes its bound from a sorted sample. Where the sample misleads, the range that the entries
+ * span is divided into 2^11 equal bins, and the bin in which the k-th largest lies is looked into
+ * in the same way, so that a cut ends whatever the input: each round uses up 11 bits of 64.
+ *
+ * Ordering scatters the entries into as many bins, so that scores crowded around +100 or spread
+ * over 1e-8 are resolved alike. A bin then holds a few entries, and what is left is to settle
+ * neighbours, which vector units do without a branch; where there are none, a second pass scatters
+ * into 2^22 bins. A bin that holds many is ordered again in its own, narrower range.
  */
 #include "topk.h"
+
+#include <float.h>
 
 #include "../dtype.h"
 
@@ -18,6 +23,7 @@ enum {
     BITS = 11, /* of a bin number or a radix digit: 8 KiB of counters, which fits L1 */
     BINS = 1 << BITS,
     INSERTION_MAX = 32, /* up to here, insertion sort */
+    SAMPLE = 256,       /* entries of which a cut takes its bound */
 };
 
 float lidx_topk_score(uint64_t entry) {
@@ -57,7 +63,14 @@ static int keep(uint64_t *entry, int n, uint64_t bound) {
     return kept;
 }
 
-const struct topk_loops lidx_topk_portable = {filter, range, keep};
+static int count(const uint64_t *entry, int n, uint64_t bound) {
+    int counted = 0;
+    for (int i = 0; i < n; i++)
+        counted += entry[i] >= bound;
+    return counted;
+}
+
+const struct topk_loops lidx_topk_portable = {filter, range, keep, count, NULL, NULL, NULL};
 
 void lidx_topk_reset(struct topk *t, int k, uint64_t *entry, const struct topk_loops *loops) {
     *t = (struct topk){
@@ -83,32 +96,105 @@ static void count_bins(uint32_t count[BINS], const uint64_t *entry, int n, struc
     }
 }
 
-/* Cuts the n > k entries to at least k of the best and at most `most` (>= k). A round finds the
- * bin in which the k-th largest lies and drops what is below it; the next looks into that bin
- * alone. Entries are distinct, so that `most` = k can be had. */
-static void cut(struct topk *t, int most) {
-    uint32_t count[BINS];
+/* Drops what is below `bound`, which at least k entries reach. */
+static void drop_below(struct topk *t, uint64_t bound) {
+    t->n = t->loops->keep(t->entry, t->n, bound);
+    t->threshold = bound - 1;
+}
+
+/* A round finds the bin in which the k-th largest lies and drops what is below it; the next looks
+ * into that bin alone. Entries are distinct, so that `most` = k can be had. */
+static void cut_by_bins(struct topk *t, int most) {
+    uint32_t bin_count[BINS];
     struct topk_range r = t->loops->range(t->entry, t->n);
     int above = 0; /* entries above r.high */
     do {
         int shift = range_shift(r, BITS);
-        count_bins(count, t->entry, t->n, r, shift);
+        count_bins(bin_count, t->entry, t->n, r, shift);
         int bin = (int)((r.high - r.low) >> shift);
-        while (above + (int)count[bin] < t->k)
-            above += (int)count[bin--];
+        while (above + (int)bin_count[bin] < t->k)
+            above += (int)bin_count[bin--];
         uint64_t low = r.low + ((uint64_t)bin << shift);
         uint64_t last = low + (((uint64_t)1 << shift) - 1);
         r.high = last < r.high ? last : r.high;
         r.low = low;
-        t->n = t->loops->keep(t->entry, t->n, low);
+        drop_below(t, low);
     } while (t->n > most);
-    t->threshold = r.low - 1; /* what beats this is at or above the last bin */
+}
+
+/* Where sorting works: room for n entries and, if the loops use bin numbers, n of these. */
+struct bench {
+    const struct topk_loops *loops;
+    uint64_t *spare;
+    uint16_t *bin;
+    uint32_t end[BINS];
+    uint32_t fine[BINS];
+};
+
+static void sort(struct bench *b, uint64_t *entry, int n, int k);
+
+/* A bound that a few more than k of n entries reach, if a sample of every so manieth tells the
+ * truth: two standard deviations below the sample's own k/n-th. */
+static uint64_t guess_bound(const struct topk *t) {
+    uint64_t sample[SAMPLE], spare[SAMPLE];
+    uint16_t bin[SAMPLE];
+    struct bench b;
+    b.loops = t->loops, b.spare = spare, b.bin = bin;
+    int stride = t->n / SAMPLE, rank = (int)((int64_t)t->k * SAMPLE / t->n), deviation = 1;
+    for (int i = 0; i < SAMPLE; i++)
+        sample[i] = t->entry[i * stride];
+    while (deviation * deviation * SAMPLE < rank * (SAMPLE - rank))
+        deviation++;
+    rank += 2 * deviation;
+    rank = rank < SAMPLE ? rank : SAMPLE - 1;
+    sort(&b, sample, SAMPLE, rank + 1);
+    return sample[rank];
+}
+
+/* What a cut may leave: it usually takes one round to get there. */
+static int rough(int k) {
+    return k + k / 2;
+}
+
+/* Cuts the n > k entries to at least k of the best and at most `most` (>= k). */
+static void cut(struct topk *t, int most) {
+    if (t->n >= 4 * SAMPLE) {
+        uint64_t bound = guess_bound(t);
+        int reach = t->loops->count(t->entry, t->n, bound);
+        if (reach >= t->k && reach < t->n)
+            drop_below(t, bound);
+    }
+    if (t->n > most)
+        cut_by_bins(t, most);
 }
 
 void lidx_topk_push(struct topk *t, const float *score, int n, int64_t position) {
     if (t->n + n > t->capacity)
-        cut(t, t->k + t->k / 2); /* a rough cut usually takes one round */
+        cut(t, rough(t->k));
     t->n += t->loops->filter(t->entry + t->n, score, n, (uint32_t)position, t->threshold);
+}
+
+/* How many of a sorted list beat the threshold. */
+static int count_beating(const uint64_t *sorted, int n, uint64_t threshold) {
+    int low = 0;
+    while (low < n) {
+        int middle = low + (n - low) / 2;
+        if (sorted[middle] > threshold)
+            low = middle + 1;
+        else
+            n = middle;
+    }
+    return low;
+}
+
+void lidx_topk_add(struct topk *t, const uint64_t *sorted, int n) {
+    n = count_beating(sorted, n, t->threshold);
+    if (t->n + n > t->capacity) {
+        cut(t, rough(t->k));
+        n = count_beating(sorted, n, t->threshold);
+    }
+    memcpy(t->entry + t->n, sorted, sizeof *sorted * (size_t)n);
+    t->n += n;
 }
 
 /* How many of the n best of two sorted lists are a's. */
@@ -155,71 +241,130 @@ static void insertion_sort(uint64_t *entry, int n) {
     }
 }
 
-static void begin_from_count(uint32_t *count, int bins) {
-    uint32_t begin = 0;
-    for (int b = 0; b < bins; b++) {
-        uint32_t n = count[b];
-        count[b] = begin;
-        begin += n;
-    }
-}
-
 /* About one bin an entry: with fewer entries, clearing and summing bins would be most of it. */
 static int digit_bits(int n) {
     int bits = 32 - __builtin_clz((unsigned)(n - 1));
     return bits < BITS ? bits : BITS;
 }
 
-/* Sorts by the two digits of (high - entry) >> shift, ascending: best first. */
-static void radix_sort(uint64_t *entry, uint64_t *spare, int n, uint64_t high, int shift,
-                       int bits) {
-    uint32_t lower[BINS], upper[BINS];
-    uint64_t mask = ((uint64_t)1 << bits) - 1;
-    memset(lower, 0, sizeof *lower << bits);
-    memset(upper, 0, sizeof *upper << bits);
-    for (int i = 0; i < n; i++) {
-        uint64_t digits = (high - entry[i]) >> shift;
-        lower[digits & mask]++;
-        upper[digits >> bits]++;
-    }
-    begin_from_count(lower, 1 << bits);
-    begin_from_count(upper, 1 << bits);
-    for (int i = 0; i < n; i++)
-        spare[lower[(high - entry[i]) >> shift & mask]++] = entry[i];
-    for (int i = 0; i < n; i++)
-        entry[upper[(high - spare[i]) >> shift >> bits]++] = spare[i];
+/* Equal parts of the range of entries. Within a sign these are parts of the scores' binary
+ * logarithm, about: they suit scores with a long tail as well as others. */
+static struct topk_bins bins_of(struct topk_range r, int bits) {
+    return (struct topk_bins){
+        .high = r.high, .shift = range_shift(r, bits), .last = (1 << bits) - 1};
 }
 
-/* Best first; `spare` has room for n. */
-static void sort(const struct topk_loops *loops, uint64_t *entry, uint64_t *spare, int n) {
-    if (n <= INSERTION_MAX) {
-        insertion_sort(entry, n);
-        return;
+/* Across zero half of them would lie between the least denormals: there equal parts of the scores
+ * are taken, if these are finite. */
+static struct topk_bins coarse_bins_of(struct topk_range r, int bits) {
+    struct topk_bins bins = bins_of(r, bits);
+    if ((r.high ^ r.low) >> 63) {
+        bins.best = lidx_topk_score(r.high);
+        float span = bins.best - lidx_topk_score(r.low);
+        float scale = (float)(1 << bits) / span;
+        if (span <= FLT_MAX && scale <= FLT_MAX)
+            bins.scale = scale;
     }
-    struct topk_range r = loops->range(entry, n);
-    int bits = digit_bits(n), shift = range_shift(r, 2 * bits);
-    radix_sort(entry, spare, n, r.high, shift, bits);
-    /* What may be out of order are runs that agree in all these bits: rare and short on ordinary
-     * scores. Runs of equal scores are long, but in order: they came by ascending position, and
-     * the radix sort is stable. */
+    return bins;
+}
+
+static int number_of(uint64_t entry, const struct topk_bins *bins) {
+    if (bins->scale == 0)
+        return (int)((bins->high - entry) >> bins->shift);
+    int number = (int)((bins->best - lidx_topk_score(entry)) * bins->scale);
+    return number < bins->last ? number : bins->last;
+}
+
+/* Scatters to b->spare by bin, each bin's in the order they came. Leaves in b->end where bins end;
+ * returns the largest number of entries in a bin. */
+static uint32_t scatter(struct bench *b, const uint64_t *entry, int n,
+                        const struct topk_bins *bins) {
+    b->loops->place(b->bin, entry, n, bins);
+    memset(b->end, 0, sizeof *b->end * (size_t)(bins->last + 1));
+    for (int i = 0; i < n; i++)
+        b->end[b->bin[i]]++;
+    uint32_t most = b->loops->begin(b->end, bins->last + 1);
+    for (int i = 0; i < n; i++)
+        b->spare[b->end[b->bin[i]]++] = entry[i];
+    return most;
+}
+
+static void begin_from_count(uint32_t *bin, int n_bins) {
+    uint32_t next = 0;
+    for (int i = 0; i < n_bins; i++) {
+        uint32_t n = bin[i];
+        bin[i] = next;
+        next += n;
+    }
+}
+
+/* Sorts by bin number, in two digits of `bits`. */
+static void radix_sort(struct bench *b, uint64_t *entry, int n, const struct topk_bins *bins,
+                       int bits) {
+    const uint64_t mask = ((uint64_t)1 << bits) - 1, high = bins->high;
+    const int shift = bins->shift;
+    memset(b->fine, 0, sizeof *b->fine << bits);
+    memset(b->end, 0, sizeof *b->end << bits);
+    for (int i = 0; i < n; i++) {
+        uint64_t number = (high - entry[i]) >> shift;
+        b->fine[number & mask]++;
+        b->end[number >> bits]++;
+    }
+    begin_from_count(b->fine, 1 << bits);
+    begin_from_count(b->end, 1 << bits);
+    for (int i = 0; i < n; i++)
+        b->spare[b->fine[(high - entry[i]) >> shift & mask]++] = entry[i];
+    for (int i = 0; i < n; i++)
+        entry[b->end[(high - b->spare[i]) >> shift >> bits]++] = b->spare[i];
+}
+
+/* Orders bins that hold several entries. Equal scores fill long ones, but in order: they came by
+ * ascending position, and that was kept. */
+static void sort_long_bins(struct bench *b, uint64_t *entry, int n, const struct topk_bins *bins) {
     for (int i = 1; i < n; i++) {
         if (entry[i - 1] >= entry[i])
             continue;
-        uint64_t digits = (r.high - entry[i]) >> shift;
-        int first = i - 1, last = i + 1;
-        while (first > 0 && (r.high - entry[first - 1]) >> shift == digits)
+        int number = number_of(entry[i], bins), first = i - 1, last = i + 1;
+        while (first > 0 && number_of(entry[first - 1], bins) == number)
             first--;
-        while (last < n && (r.high - entry[last]) >> shift == digits)
+        while (last < n && number_of(entry[last], bins) == number)
             last++;
-        sort(loops, entry + first, spare, last - first);
+        sort(b, entry + first, last - first, last - first);
         i = last;
     }
 }
 
+/* The k best first, in order; the others are lost. */
+static void sort(struct bench *b, uint64_t *entry, int n, int k) {
+    if (n <= INSERTION_MAX) {
+        insertion_sort(entry, n);
+        return;
+    }
+    const struct topk_range r = b->loops->range(entry, n);
+    const int bits = digit_bits(n);
+    struct topk_bins bins;
+    if (b->loops->settle) {
+        bins = coarse_bins_of(r, bits);
+        uint32_t most = scatter(b, entry, n, &bins);
+        if (k < n) /* the bin of the k-th, all of it, is the last of interest */
+            n = (int)b->end[number_of(b->spare[k - 1], &bins)];
+        b->loops->settle(entry, b->spare, n);
+        if (most <= TOPK_NEAR)
+            return;
+    } else {
+        bins = bins_of(r, 2 * bits);
+        radix_sort(b, entry, n, &bins, bits);
+    }
+    sort_long_bins(b, entry, n, &bins);
+}
+
 void lidx_topk_sort(struct topk *t) {
-    /* A few too many are sorted more quickly than cut away. */
-    if (t->n > t->k + t->k / 8)
-        cut(t, t->k + t->k / 8);
-    sort(t->loops, t->entry, t->entry + t->n, t->n);
+    if (t->n > rough(t->k)) /* fewer are binned with the others more quickly than cut away */
+        cut(t, rough(t->k));
+    struct bench b;
+    b.loops = t->loops;
+    b.spare = t->entry + t->n;
+    b.bin = (uint16_t *)(void *)(b.spare + t->n);
+    sort(&b, t->entry, t->n, t->k);
     t->n = t->n < t->k ? t->n : t->k;
 }

@@ -16,14 +16,24 @@
 enum {
     TOPK_STEP = 1024, /* most scores of one push */
     TOPK_SLACK = 16, /* entries that a filter may write past its n */
+    TOPK_NEAR = 16,
 };
 
 struct topk_range {
     uint64_t low, high; /* smallest and largest entry */
 };
 
-/* The three loops that see every score or every candidate. A CPU kernel may bring vector forms;
- * the answers are the same to the bit. */
+/* Equal parts of a range of entries, numbered from the best down: of the entries themselves when
+ * scale is 0, or else of their scores. */
+struct topk_bins {
+    uint64_t high;
+    int shift;
+    float best, scale;
+    int last; /* largest bin number */
+};
+
+/* The loops that see every score or every candidate. A CPU kernel may bring vector forms; the
+ * answers are the same to the bit. */
 struct topk_loops {
     /* Appends to `entry` the candidates of score[0..n) at position, position + 1, ... that beat
      * `threshold`; returns how many. May write n + TOPK_SLACK entries, whatever their number. */
@@ -33,6 +43,18 @@ struct topk_loops {
     struct topk_range (*range)(const uint64_t *entry, int n);
     /* Moves the entries at or above `bound` to the front, in order; returns how many. */
     int (*keep)(uint64_t *entry, int n, uint64_t bound);
+    /* How many entries are at or above `bound`. */
+    int (*count)(const uint64_t *entry, int n, uint64_t bound);
+    /* The next three all or none: with them entries are binned once and settled, without them
+     * binned twice as finely, in two passes. */
+    /* bin[i] = number of the bin of entry[i]. */
+    void (*place)(uint16_t *bin, const uint64_t *entry, int n, const struct topk_bins *bins);
+    /* Turns the counts of bins, a multiple of 16, into the places where bins begin; returns the
+     * largest count. */
+    uint32_t (*begin)(uint32_t *count, int bins);
+    /* Copies to `out`, best first where groups of at most TOPK_NEAR neighbours are all that is out
+     * of order. Longer groups come out as some permutation of themselves. */
+    void (*settle)(uint64_t *out, const uint64_t *in, int n);
 };
 
 extern const struct topk_loops lidx_topk_portable;
@@ -74,6 +96,9 @@ void lidx_topk_reset(struct topk *t, int k, uint64_t *entry, const struct topk_l
 
 /* n <= TOPK_STEP scores of positions position, position + 1, ... */
 void lidx_topk_push(struct topk *t, const float *score, int n, int64_t position);
+
+/* The candidates of a list of n <= k, best first, such as another selection's answer. */
+void lidx_topk_add(struct topk *t, const uint64_t *sorted, int n);
 
 /* Reduces to the k best, best first; entry[0..n) is the answer. */
 void lidx_topk_sort(struct topk *t);
