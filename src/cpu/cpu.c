@@ -3,7 +3,6 @@
  * The CPU backend: OpenMP threads take items of the plan, call one kernel, keep the k best of
  * each row and write them. All memory comes from one allocation made with the context.
  */
-#include <fenv.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,17 +14,18 @@
 #include "../backend.h"
 #include "../dtype.h"
 #include "../error.h"
+#include "environment.h"
 #include "features.h"
 #include "kernels.h"
 #include "plan.h"
 #include "topk.h"
 
 enum {
-    TILE_KEYS = 960,   /* keys of one score() call: 60 key blocks, 20 tiles of 48, 240 KiB */
-    AHEAD_KEYS = 384,  /* how far ahead of a tile a kernel may prefetch */
+    TILE_KEYS = 960,  /* keys of one score() call: 60 key blocks, 20 tiles of 48, 240 KiB */
+    AHEAD_KEYS = 384, /* how far ahead of a tile a kernel may prefetch */
     LIST_BLOCKS = (TILE_KEYS + AHEAD_KEYS) / KEY_BLOCK,
-    ROW_BYTES = 11 << 18,  /* of a worker, for packed queries and candidates: 2.75 MiB */
-    SLOT_BYTES = 1 << 20,  /* of a worker, for partial results */
+    ROW_BYTES = 11 << 18, /* of a worker, for packed queries and candidates: 2.75 MiB */
+    SLOT_BYTES = 1 << 20, /* of a worker, for partial results */
     WORKER_BYTES = ROW_BYTES + SLOT_BYTES,
     SPLITS_PER_WORKER = 64, /* cut blocks; each has at least two pieces and so two slots */
     SLOTS_PER_WORKER = 2 * SPLITS_PER_WORKER,
@@ -152,17 +152,20 @@ static const void *key_block_at(const struct problem *p, const struct extent *e,
 /* Writes a row: the sorted entries, then -1 and -inf. */
 static void write_row(const struct problem *p, int64_t batch, int64_t row, const uint64_t *entry,
                       int n) {
-    int32_t *indices = (int32_t *)((unsigned char *)p->indices + batch * p->indices_batch_stride) +
-                       row * p->top_k;
-    for (int i = 0; i < p->top_k; i++)
-        indices[i] = i < n ? lidx_topk_position(entry[i]) : -1;
+    int32_t *indices =
+        (int32_t *)((unsigned char *)p->indices + batch * p->indices_batch_stride) + row * p->top_k;
+    for (int i = 0; i < n; i++)
+        indices[i] = lidx_topk_position(entry[i]);
+    for (int i = n; i < p->top_k; i++)
+        indices[i] = -1;
     if (!p->values)
         return;
     void *values = (unsigned char *)p->values + batch * p->values_batch_stride +
                    row * p->top_k * lidx_dtype_bytes(p->values_dtype);
-    for (int i = 0; i < p->top_k; i++)
-        lidx_store(values, i, p->values_dtype,
-                   i < n ? lidx_topk_score(entry[i]) : -__builtin_inff());
+    for (int i = 0; i < n; i++)
+        lidx_store(values, i, p->values_dtype, lidx_topk_score(entry[i]));
+    for (int i = n; i < p->top_k; i++)
+        lidx_store(values, i, p->values_dtype, -__builtin_inff());
 }
 
 /* Rows of a batch past its real length. */
@@ -380,17 +383,15 @@ static void take_items(struct worker *w) {
  * only, so every thread works in the default environment: bits must not depend on who works. */
 static void work(struct run *run, int index, int n_threads) {
     struct worker w;
-    fenv_t environment;
     const struct kernel *kernel = run->cpu->kernel;
-    fegetenv(&environment);
-    fesetenv(FE_DFL_ENV);
+    const struct float_environment callers = lidx_enter_default_environment();
     assign_memory(&w, run, index);
     if (kernel->enter)
         kernel->enter();
     take_items(&w);
     if (kernel->leave)
         kernel->leave();
-    fesetenv(&environment);
+    lidx_leave_default_environment(&callers);
     for (int64_t b = index; b < run->p->n_batch; b += n_threads)
         write_empty_rows(run->p, b);
     if (index == 0)
