@@ -59,7 +59,8 @@ link_programs() {
     flags="-L$cuda/lib64 -L$cuda/targets/x86_64-linux/lib -lcudart_static -ldl -lrt -lpthread -lm"
     archive=$build/cmake/liblightning_indexer_static.a
     cc -std=c11 -O2 -fopenmp -I"$root/include" -I"$cuda/include" "$root/tests/test_cuda.c" \
-        "$root/tests/scenario.c" "$root/tests/oracle.c" "$archive" $flags -o "$build/test_cuda" &&
+        "$root"/tests/{scenario,rendering,answers,oracle,truth}.c "$archive" $flags \
+        -o "$build/test_cuda" &&
         cc -std=c11 -O2 -fPIC -fopenmp -shared "$root/bench/count_cycles.c" \
             -Wl,--whole-archive "$archive" -Wl,--no-whole-archive $flags \
             -o "$build/libbench.so"

@@ -13,6 +13,7 @@
 
 #include <fenv.h>
 
+#include "answers.h"
 #include "oracle.h"
 
 enum { MAX_KERNELS = 16, N_THREADS = 6, TEXT = 400, VARIANTS = 3 };
@@ -53,66 +54,6 @@ static void find_kernels(const char *only) {
     CHECK(n_kernels > 0, "no kernel to test");
 }
 
-/* Each row's answer in the first form, by batch. */
-struct answers {
-    int32_t *index[MAX_BATCH];
-    float *value[MAX_BATCH];
-};
-
-static void make_answers(struct answers *a, const struct scenario *s) {
-    for (int b = 0; b < s->n_batch; b++) {
-        size_t n = (size_t)s->n_query[b] * (size_t)s->top_k + 1;
-        a->index[b] = malloc(sizeof(int32_t) * n);
-        a->value[b] = malloc(sizeof(float) * n);
-    }
-}
-
-static void free_answers(struct answers *a, const struct scenario *s) {
-    for (int b = 0; b < s->n_batch; b++) {
-        free(a->index[b]);
-        free(a->value[b]);
-    }
-}
-
-static void keep_answers(struct answers *a, const struct scenario *s, const struct rendering *r,
-                         const struct form *f) {
-    size_t k = (size_t)s->top_k;
-    for (int g = 0; g < f->n_segments; g++)
-        for (int64_t i = 0; i < f->segment[g].n_rows; i++) {
-            size_t at = (size_t)i * k;
-            memcpy(a->index[g] + at, rendering_indices(r, f, g, i), sizeof(int32_t) * k);
-            memcpy(a->value[g] + at, rendering_values(r, f, g, i), sizeof(float) * k);
-        }
-}
-
-/* A value as `r` stores it against the float32 one of the first form. */
-static int same_value(const struct scenario *s, const struct form *f, const unsigned char *got,
-                      int64_t i, float want) {
-    uint16_t half;
-    if (f->values == 1)
-        return memcmp(got + 4 * i, &want, sizeof want) == 0;
-    memcpy(&half, got + 2 * i, sizeof half);
-    if (isnan(want))
-        return isnan(test_from_half(half, s->is_bf16));
-    return half == test_to_half(want, s->is_bf16);
-}
-
-/* The first slot in which a row differs from the first form's; -1 if none does. */
-static int64_t difference(const struct answers *a, const struct scenario *s,
-                          const struct rendering *r, const struct form *f, int g, int64_t i) {
-    const struct segment *e = &f->segment[g];
-    int64_t k = s->top_k, row = (e->row + i) * k;
-    const int32_t *index = rendering_indices(r, f, g, i);
-    for (int64_t j = 0; j < k; j++)
-        if (index[j] != a->index[e->batch][row + j])
-            return j;
-    const unsigned char *value = f->values ? rendering_values(r, f, g, i) : NULL;
-    for (int64_t j = 0; value && j < k; j++)
-        if (!same_value(s, f, value, j, a->value[e->batch][row + j]))
-            return j;
-    return -1;
-}
-
 static int run(struct kernel *kernel, int threads, struct rendering *r) {
     rendering_poison(r);
     n_runs++;
@@ -144,7 +85,7 @@ static void check_variant(struct trial *t, struct kernel *kernel, const struct a
         return;
     for (int g = 0; g < f.n_segments; g++)
         for (int64_t i = 0; i < f.segment[g].n_rows; i++) {
-            int64_t slot = difference(a, s, &r, &f, g, i);
+            int64_t slot = answers_difference(a, s, &r, &f, g, i);
             if (!CHECK(slot < 0,
                        "case %ld, %s, %s, %d threads: row %lld of batch %d differs in slot %lld "
                        "when run as %s",
@@ -178,7 +119,7 @@ static void run_trial(long number) {
     struct answers answers;
     scenario_make(&t.scenario, &rng, number % 50 == 49 ? 1e7 : 6e5);
     scenario_text(&t.scenario, t.text, sizeof t.text);
-    make_answers(&answers, &t.scenario);
+    answers_make(&answers, &t.scenario);
     struct form f = {0};
     struct rendering r;
     form_whole(&f, &t.scenario);
@@ -196,12 +137,12 @@ static void run_trial(long number) {
             continue;
         if ((number + i) % 2 && n_kernels > 1)
             continue; /* half of the kernels each time */
-        keep_answers(&answers, &t.scenario, &r, &f);
+        answers_keep(&answers, &t.scenario, &r, &f);
         for (int v = 0; v < VARIANTS; v++)
             check_variant(&t, &kernels[i], &answers, &form_rng);
     }
     oracle_free(oracle);
-    free_answers(&answers, &t.scenario);
+    answers_free(&answers, &t.scenario);
     scenario_free(&t.scenario);
 }
 
@@ -264,7 +205,7 @@ static void check_float_environment(void) {
         struct scenario s;
         struct answers answers;
         scenario_make(&s, &rng, 2e5);
-        make_answers(&answers, &s);
+        answers_make(&answers, &s);
         struct form f = {0};
         struct rendering r;
         form_whole(&f, &s);
@@ -273,7 +214,7 @@ static void check_float_environment(void) {
         rendering_make(&r, &s, &f, &rng);
         for (int i = 0; i < n_kernels; i++) {
             run(&kernels[i], 0, &r);
-            keep_answers(&answers, &s, &r, &f);
+            answers_keep(&answers, &s, &r, &f);
             fesetround(modes[c % 3]);
             flush_denormals(1);
             int status = run(&kernels[i], c % N_THREADS, &r);
@@ -285,11 +226,11 @@ static void check_float_environment(void) {
             int64_t differing = 0;
             for (int g = 0; g < f.n_segments; g++)
                 for (int64_t row = 0; row < f.segment[g].n_rows; row++)
-                    differing += difference(&answers, &s, &r, &f, g, row) >= 0;
+                    differing += answers_difference(&answers, &s, &r, &f, g, row) >= 0;
             CHECK(differing == 0, "%s: %lld rows depend on the caller's rounding mode (%s)",
                   kernels[i].name, (long long)differing, data_kind_name[s.kind]);
         }
-        free_answers(&answers, &s);
+        answers_free(&answers, &s);
         scenario_free(&s);
     }
 }
