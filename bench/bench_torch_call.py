@@ -1,68 +1,121 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a call of the operator costs beside torch.add, on tiny tensors, in one run.
 
-    python bench/bench_torch_call.py [--json]
+    python bench/bench_torch_call.py [--json FILE] [--device cpu|cuda] [--rounds 40]
 
 The rows alternate, round by round, so that a noisy machine is noisy for all; of each row the best
-round counts. `torch.add` is called through torch's own bindings and, as the operator is, through
-`torch.ops`, which by itself about doubles the cost of a small call.
+round counts. On a CUDA device it is the host's time that counts: a round makes few enough calls
+that the queue of launches never fills, and is waited for after its time has been taken.
+
+`torch.add` is called through torch's own Python bindings. The operator, like `torch.ops.aten.add`,
+is called through `torch.ops`, which parses the arguments against the schema again at every call.
+What that route takes by itself is what the rows named `floor` show: an operator with the same
+schema that makes an output of one element and does nothing else (bench_torch_floor.c; it needs
+a C compiler).
 """
 
 import argparse
+import ctypes
 import json
+import os
+import shutil
+import subprocess
+import tempfile
 import time
 
 import torch
 
 import lightning_indexer
 
+HERE = os.path.dirname(os.path.abspath(__file__))
+CALLS = {"cpu": 2000, "cuda": 100}  # of a round; a CUDA stream queues about a thousand launches
 
-def seconds_per_call(call, n):
+
+def floor():
+    """The operator that does nothing, or None where it cannot be built."""
+    if not shutil.which("cc"):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "floor.so")
+        source = os.path.join(HERE, "bench_torch_floor.c")
+        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", path, source, "-ldl"], check=True)
+        library = ctypes.CDLL(path)
+    schema = lightning_indexer._torch.schema("lightning_indexer")
+    if library.lidx_floor_define(b"libtorch_cpu.so", schema.encode()):
+        raise RuntimeError("torch refused the operator that does nothing")
+    return torch.ops.lightning_indexer_floor.lightning_indexer
+
+
+def make_calls(device):
+    """{row: call}"""
+    a, b = torch.randn(1, device=device), torch.randn(1, device=device)
+    query = torch.randn(1, 1, 1, 64, device=device).bfloat16()
+    key = torch.randn(1, 1, 1, 64, device=device).bfloat16()
+    weights = torch.randn(1, 1, 1, device=device)
+    lengths = torch.ones(1, dtype=torch.int32, device=device)
+    add, op = torch.ops.aten.add, torch.ops.lightning_indexer.lightning_indexer
+    add_default, op_default = add.Tensor, op.default
+    nothing = floor()
+    function = lightning_indexer.lightning_indexer
+    calls = {
+        "torch.add(a, b)": lambda: torch.add(a, b),
+        "torch.ops.aten.add(a, b)": lambda: add(a, b),
+        "torch.ops.aten.add.Tensor(a, b)": lambda: add_default(a, b),
+        "floor(q, k, w)": lambda: nothing(query, key, weights),
+        "op(q, k, w)": lambda: op(query, key, weights),
+        "op.default(q, k, w)": lambda: op_default(query, key, weights),
+        "function(q, k, w)": lambda: function(query, key, weights),
+        "floor(q, k, w, sparse_count=1)": lambda: nothing(query, key, weights, sparse_count=1),
+        "op(q, k, w, sparse_count=1)": lambda: op(query, key, weights, sparse_count=1),
+        "function(q, k, w, sparse_count=1)": lambda: function(query, key, weights, sparse_count=1),
+        "floor(q, k, w, l, l, sparse_count=1)": lambda: nothing(
+            query, key, weights, lengths, lengths, sparse_count=1
+        ),
+        "op(q, k, w, l, l, sparse_count=1)": lambda: op(
+            query, key, weights, lengths, lengths, sparse_count=1
+        ),
+    }
+    return {row: call for row, call in calls.items() if nothing or not row.startswith("floor")}
+
+
+def seconds_per_call(call, n, wait):
     start = time.perf_counter()
     for _ in range(n):
         call()
-    return (time.perf_counter() - start) / n
+    seconds = (time.perf_counter() - start) / n
+    wait()
+    return seconds
 
 
-def rows():
-    a, b = torch.randn(1), torch.randn(1)
-    op = torch.ops.lightning_indexer.lightning_indexer
-    query = torch.randn(1, 1, 1, 64).bfloat16()
-    key = torch.randn(1, 1, 1, 64).bfloat16()
-    weights = torch.randn(1, 1, 1)
-    empty, none = query[:, :0].contiguous(), weights[:, :0].contiguous()
-    one = torch.ones(1, dtype=torch.int32)
-    return {
-        "torch.add": lambda: torch.add(a, b),
-        "torch.ops.aten.add": lambda: torch.ops.aten.add(a, b),
-        "operator, no query tokens": lambda: op(empty, key, none),
-        "operator, 1 token, 1 key": lambda: op(query, key, weights, sparse_count=1),
-        "operator, 1 token, 1 key, lengths": lambda: op(
-            query, key, weights, one, one, sparse_count=1
-        ),
-        "lightning_indexer(), 1 token, 1 key": lambda: lightning_indexer.lightning_indexer(
-            query, key, weights, sparse_count=1
-        ),
-    }
+def measure(device, rounds):
+    """{row: seconds of the best round}"""
+    calls = make_calls(device)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(rounds):
+        for row, call in calls.items():
+            best[row] = min(best[row], seconds_per_call(call, CALLS[device], wait))
+    return best
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
+    parser.add_argument("--device", choices=sorted(CALLS), default="cpu")
     parser.add_argument("--rounds", type=int, default=40)
     options = parser.parse_args()
-    calls = rows()
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(options.rounds):
-        for name, call in calls.items():
-            best[name] = min(best[name], seconds_per_call(call, 2000))
-    add = best["torch.add"]
+    best = measure(options.device, options.rounds)
+    print(
+        f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads, best of "
+        f"{options.rounds} rounds of {CALLS[options.device]} calls"
+    )
+    add = best["torch.add(a, b)"]
+    for row, seconds in best.items():
+        print(f"{seconds * 1e6:7.2f} us  {seconds / add:5.2f} x torch.add   {row}")
     if options.json:
-        print(json.dumps({"torch": torch.__version__, "seconds": best}, indent=2))
-        return
-    print(f"torch {torch.__version__}, best of {options.rounds} rounds of 2000 calls")
-    for name, seconds in best.items():
-        print(f"{seconds * 1e6:7.2f} us  {seconds / add:5.2f} x torch.add   {name}")
+        facts = {"torch": torch.__version__, "device": options.device, "seconds": best}
+        with open(options.json, "w") as file:
+            json.dump(facts, file, indent=2)
 
 
 if __name__ == "__main__":

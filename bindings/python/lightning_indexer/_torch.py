@@ -26,6 +26,7 @@ OWNERS_OF_NPU = ("torch_npu", "sgl_kernel_npu")
 MAX_SPARSE_COUNT = 8192
 
 page = None  # torch.ops.lightning_indexer.lightning_indexer, once it is registered
+_libraries = []  # a registration made in Python lives as long as its library
 state = {}  # "npu::lightning_indexer" -> what was done about it, for `info`
 
 
@@ -194,6 +195,11 @@ def _quicken(namespace, name):
 def _define(op, namespace, name, owns_namespace):
     _check(op.lidx_torch_define(namespace.encode(), name.encode(), owns_namespace))
     torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
+    if name == "lightning_indexer":
+        # Integers have no gradient, so there is nothing for autograd to look at.
+        library = torch.library.Library(namespace, "IMPL")
+        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        _libraries.append(library)
     _quicken(namespace, name)
 
 
