@@ -21,6 +21,7 @@ const struct kernel lidx_kernel_amx_emulated = {
     .topk = &lidx_topk_avx512,
     .path = {[DTYPE_BF16] = {packed_size_bf16, pack_bf16, score_bf16},
              [DTYPE_FP16] = {packed_size_fp16, pack_fp16, score_fp16}},
+    .score_two = {[DTYPE_BF16] = score_two_bf16},
 };
 
 #endif

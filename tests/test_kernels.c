@@ -314,6 +314,47 @@ static void check_pieces(struct arena *a, const struct kernel *kernel, const str
           kernel->name, dtype_name(p->dtype), p->n_heads, p->head_dim, first);
 }
 
+/* Scores two query tokens in one call, the second output guarded, and each in its own: the same
+ * bits. The other token has the same heads and, from the last to the first, the same weights. */
+static int two_as_one(struct arena *a, const struct kernel *kernel, const struct problem_data *p,
+                      const void *const packed[2], const struct key_run *run) {
+    static _Alignas(64) float first[MAX_KEYS], want[2][MAX_KEYS];
+    const size_t bytes = sizeof(float) * (size_t)run->n_keys;
+    unsigned char *second = tail(&a->score, round_up(bytes, 64));
+    for (int i = 0; i < 2; i++)
+        kernel->path[p->dtype].score(want[i], packed[i], p->n_heads, p->head_dim, run);
+    memset(a->score.data, 0xA5, a->score.size);
+    memset(first, 0xA5, sizeof first);
+    float *const got[2] = {first, (float *)(void *)second};
+    kernel->score_two[p->dtype](got, packed, p->n_heads, p->head_dim, run);
+    for (int j = 0; j < run->n_keys; j++)
+        if (!same_bits(got[0][j], want[0][j]) || !same_bits(got[1][j], want[1][j]))
+            return 0;
+    return untouched((unsigned char *)first + bytes, (unsigned char *)first + sizeof first) &&
+           untouched(second + bytes, a->score.data + a->score.size) &&
+           untouched(a->score.data, second);
+}
+
+static void check_two(struct arena *a, const struct kernel *kernel, const struct problem_data *p,
+                      const void *packed, struct rng *rng) {
+    static _Alignas(64) unsigned char other[PACKED_MAX];
+    float weights[MAX_HEADS];
+    if (!kernel->score_two[p->dtype])
+        return;
+    for (int h = 0; h < p->n_heads; h++)
+        weights[h] = p->weights[p->n_heads - 1 - h];
+    kernel->path[p->dtype].pack(
+        other, &(struct query_row){p->query, weights, p->n_heads, p->head_dim});
+    for (int i = 0; i < 8; i++) {
+        int n = i ? (int)rng_between(rng, 1, 100) : MAX_KEYS, swap = i % 2;
+        const void *const both[2] = {swap ? other : packed, swap ? packed : other};
+        struct key_run run = place(a, p, (enum layout)rng_below(rng, N_LAYOUTS), 0, n, 0);
+        CHECK(two_as_one(a, kernel, p, both, &run), "%s %s: %d heads of %d, %d keys: two tokens "
+              "at once are not what they are one by one", kernel->name, dtype_name(p->dtype),
+              p->n_heads, p->head_dim, n);
+    }
+}
+
 static void check_case(struct arena *a, const struct kernel *kernel, const struct problem_data *p,
                        enum values values, struct rng *rng) {
     for (int shifted = 0; shifted < 2; shifted++) {
@@ -331,6 +372,7 @@ static void check_case(struct arena *a, const struct kernel *kernel, const struc
                           first, n, n % 3 ? 0 : n % AHEAD);
         }
         check_pieces(a, kernel, p, packed, rng);
+        check_two(a, kernel, p, packed, rng);
     }
 }
 

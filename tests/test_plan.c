@@ -105,6 +105,8 @@ static void check_item(const struct plan *plan, const struct plan_limits *limits
     CHECK(item->key_begin < item->key_end, "%s: an empty piece", what);
     CHECK(item->split < plan->n_splits, "%s: split %lld of %lld", what, (long long)item->split,
           (long long)plan->n_splits);
+    if (item->piece >= limits->n_workers)
+        return;
     for (int r = 0; r < item->n_rows; r++) {
         int64_t slot = item->slot + (int64_t)item->piece * item->n_rows + r;
         if (CHECK(slot >= 0 && slot < plan->n_slots, "%s: slot %lld of %lld", what,

@@ -313,6 +313,14 @@ INLINE void publish(const void *memory) {
 struct place {
     int tile; /* head tile */
     int block;
+    int token; /* of the two of score_two() */
+};
+
+/* A query token and where its scores go. */
+struct token {
+    const unsigned char *tiles;
+    const float *weights;
+    float *score;
 };
 
 struct keys {
@@ -321,15 +329,14 @@ struct keys {
 };
 
 struct pass {
-    const unsigned char *tiles; /* packed query */
-    const float *weights;
-    float *score;
+    struct token token[2];
     const struct key_run *run;
     unsigned char *scratch; /* bf16: a tail of less than 16 keys; fp16: the parts of 16 keys */
     float *ring;            /* two tiles of sums */
     unsigned flags[FLAG_RING]; /* fp16: keys that are not finite, of the last key blocks */
     int head_dim;
     int n_tiles;
+    int n_tokens;
     int n_blocks;
     int n_listed;    /* with those that are there for prefetch */
     __mmask16 heads; /* of the last head tile */
@@ -387,7 +394,7 @@ INLINE __mmask16 heads_of(const struct pass *p, int tile) {
 /* One fp16 key by vector FMA, lanes = heads, the packed query's parts put together again. */
 TARGET static float score_special(const struct pass *p, const void *key) {
     const __m512i upper = _mm512_set1_epi32((int)0xFFFF0000u);
-    const pairs *high = (const pairs *)(const void *)p->tiles;
+    const pairs *high = (const pairs *)(const void *)p->token[0].tiles;
     float total[LANES];
     __m512 sum = _mm512_setzero_ps();
     for (int tile = 0; tile < p->n_tiles; tile++) {
@@ -408,7 +415,7 @@ TARGET static float score_special(const struct pass *p, const void *key) {
             }
         }
         __m512 relu = _mm512_maskz_max_ps(heads_of(p, tile), _mm512_setzero_ps(), dot);
-        sum = _mm512_fmadd_ps(relu, _mm512_load_ps(p->weights + tile * LANES), sum);
+        sum = _mm512_fmadd_ps(relu, _mm512_load_ps(p->token[0].weights + tile * LANES), sum);
     }
     _mm512_storeu_ps(total, sum);
     for (int width = LANES / 2; width; width /= 2)
@@ -424,7 +431,7 @@ static const void *key_at(const struct key_run *run, int j) {
 TARGET static void score_flagged(const struct pass *p, int block, unsigned flags) {
     for (; flags; flags &= flags - 1) {
         int j = block * KEY_BLOCK + __builtin_ctz(flags);
-        p->score[j] = score_special(p, key_at(p->run, j));
+        p->token[0].score[j] = score_special(p, key_at(p->run, j));
     }
 }
 
@@ -482,10 +489,11 @@ INLINE void clear_sums(__m512 *s) {
 }
 
 /* After the last head tile of a block. Blocks below 0 are what the pipeline holds as it fills. */
-INLINE void finish_block(struct pass *p, __m512 *sum, int block, int fp16) {
+INLINE void finish_block(struct pass *p, __m512 *sum, struct place back, int fp16) {
+    const int block = back.block;
     if (block >= 0) {
         __mmask16 keys = block == p->n_blocks - 1 ? p->keys : 0xFFFF;
-        _mm512_mask_store_ps(p->score + block * KEY_BLOCK, keys, sum_lanes(sum));
+        _mm512_mask_store_ps(p->token[back.token].score + block * KEY_BLOCK, keys, sum_lanes(sum));
         if (fp16 && p->flags[block % FLAG_RING])
             score_flagged(p, block, p->flags[block % FLAG_RING]);
     }
@@ -512,7 +520,7 @@ INLINE struct fetch fetch_plan(const struct pass *p, struct place front, int fp1
     if (near >= p->n_listed)
         near = 0; /* where the next query token's call begins */
     struct fetch f = {NULL, NULL, p->run->row_stride, per_slot};
-    if (first >= 4)
+    if (first >= 4 || front.token > 0)
         return f;
     f.near = (const unsigned char *)p->run->block[near] + first * 4 * f.stride;
     if (p->run->n_ahead && far < p->n_listed)
@@ -610,11 +618,12 @@ INLINE void plan_split(struct pass *p, struct step *t, struct place front, int s
 INLINE void slot(struct pass *p, __m512 *sum, int c, struct places at, int steps, int fp16) {
     const int slot_bytes = steps * (fp16 ? 2 : 1) * TILE_BYTES;
     struct step t;
-    t.query = p->tiles + (int64_t)at.front.tile * slot_bytes;
+    t.query = p->token[at.front.token].tiles + (int64_t)at.front.tile * slot_bytes;
     t.tile = p->ring + c * LANES * LANES;
-    t.weight = _mm512_load_ps(p->weights + at.back.tile * LANES);
+    t.weight = _mm512_load_ps(p->token[at.back.token].weights + at.back.tile * LANES);
     t.heads = heads_of(p, at.back.tile);
-    t.reload = !fp16 && at.front.tile == p->n_tiles - 1 && at.front.block + 1 < p->n_blocks;
+    t.reload = !fp16 && at.front.tile == p->n_tiles - 1 && at.front.token == p->n_tokens - 1 &&
+               at.front.block + 1 < p->n_blocks;
     t.next = keys_of(p, at.front.block + t.reload);
     t.fetch = fetch_plan(p, at.front, fp16);
     if (fp16)
@@ -627,20 +636,20 @@ INLINE void slot(struct pass *p, __m512 *sum, int c, struct places at, int steps
         run_step(p, sum, &t, c, 3, steps, fp16);
     }
     if (at.back.tile == p->n_tiles - 1)
-        finish_block(p, sum, at.back.block, fp16);
+        finish_block(p, sum, at.back, fp16);
 }
 
 /* What remains of a slot whose tile is in the ring. */
 INLINE void drain(struct pass *p, __m512 *sum, int c, struct place back, int fp16) {
     const float *tile = p->ring + c * LANES * LANES;
-    const __m512 weight = _mm512_load_ps(p->weights + back.tile * LANES);
+    const __m512 weight = _mm512_load_ps(p->token[back.token].weights + back.tile * LANES);
     const __mmask16 heads = heads_of(p, back.tile);
     reduce_rows(sum, tile, 0, 4, weight, heads);
     reduce_rows(sum, tile, 4, 4, weight, heads);
     reduce_rows(sum, tile, 8, 4, weight, heads);
     reduce_rows(sum, tile, 12, 4, weight, heads);
     if (back.tile == p->n_tiles - 1)
-        finish_block(p, sum, back.block, fp16);
+        finish_block(p, sum, back, fp16);
 }
 
 INLINE void advance(struct place *place, int n_tiles) {
@@ -655,7 +664,7 @@ INLINE void run_slots(struct pass *p, int steps, int fp16) {
     __m512 sum[KEY_BLOCK];
     const int n_tiles = p->n_tiles;
     int64_t n_slots = (int64_t)p->n_blocks * n_tiles;
-    struct places at = {{0, 0}, {n_tiles == 1 ? 0 : n_tiles - 2, n_tiles == 1 ? -2 : -1}};
+    struct places at = {{0, 0, 0}, {n_tiles == 1 ? 0 : n_tiles - 2, n_tiles == 1 ? -2 : -1, 0}};
     clear_sums(sum);
     for (int64_t s = 0; s < n_slots; s++) {
         if (s % 2 == 0)
@@ -684,30 +693,69 @@ INLINE void run_slots_of_4(struct pass *p, int steps, int fp16) {
     __m512 sum[KEY_BLOCK];
     int block = 0;
     p->n_tiles = 4;
+    p->n_tokens = 1;
     clear_sums(sum);
     for (; block < p->n_blocks; block++) {
-        slot(p, sum, 0, (struct places){{0, block}, {2, block - 1}}, steps, fp16);
-        slot(p, sum, 1, (struct places){{1, block}, {3, block - 1}}, steps, fp16);
-        slot(p, sum, 0, (struct places){{2, block}, {0, block}}, steps, fp16);
-        slot(p, sum, 1, (struct places){{3, block}, {1, block}}, steps, fp16);
+        slot(p, sum, 0, (struct places){{0, block, 0}, {2, block - 1, 0}}, steps, fp16);
+        slot(p, sum, 1, (struct places){{1, block, 0}, {3, block - 1, 0}}, steps, fp16);
+        slot(p, sum, 0, (struct places){{2, block, 0}, {0, block, 0}}, steps, fp16);
+        slot(p, sum, 1, (struct places){{3, block, 0}, {1, block, 0}}, steps, fp16);
     }
     store_sums(1, p->ring + LANES * LANES);
-    drain(p, sum, 0, (struct place){2, block - 1}, fp16);
-    drain(p, sum, 1, (struct place){3, block - 1}, fp16);
+    drain(p, sum, 0, (struct place){2, block - 1, 0}, fp16);
+    drain(p, sum, 1, (struct place){3, block - 1, 0}, fp16);
+}
+
+/* The same for two query tokens, whose slots take turns over the keys that tmm2..tmm5 hold. */
+INLINE void run_slots_of_4_twice(struct pass *p, int steps) {
+    __m512 sum[KEY_BLOCK];
+    int block = 0;
+    p->n_tiles = 4;
+    p->n_tokens = 2;
+    clear_sums(sum);
+    for (; block < p->n_blocks; block++) {
+        slot(p, sum, 0, (struct places){{0, block, 0}, {2, block - 1, 1}}, steps, 0);
+        slot(p, sum, 1, (struct places){{1, block, 0}, {3, block - 1, 1}}, steps, 0);
+        slot(p, sum, 0, (struct places){{2, block, 0}, {0, block, 0}}, steps, 0);
+        slot(p, sum, 1, (struct places){{3, block, 0}, {1, block, 0}}, steps, 0);
+        slot(p, sum, 0, (struct places){{0, block, 1}, {2, block, 0}}, steps, 0);
+        slot(p, sum, 1, (struct places){{1, block, 1}, {3, block, 0}}, steps, 0);
+        slot(p, sum, 0, (struct places){{2, block, 1}, {0, block, 1}}, steps, 0);
+        slot(p, sum, 1, (struct places){{3, block, 1}, {1, block, 1}}, steps, 0);
+    }
+    store_sums(1, p->ring + LANES * LANES);
+    drain(p, sum, 0, (struct place){2, block - 1, 1}, 0);
+    drain(p, sum, 1, (struct place){3, block - 1, 1}, 0);
 }
 
 /* ---- score ------------------------------------------------------------------------------------ */
 
+static struct token token_of(float *score, const void *packed, int n_heads, int head_dim,
+                             int dtype) {
+    return (struct token){packed, packed_weights(packed, n_heads, head_dim, dtype), score};
+}
+
 static struct pass pass_of(float *score, const void *packed, int n_heads, int head_dim, int dtype,
                            const struct key_run *run) {
-    struct pass p = {.tiles = packed, .score = score, .run = run, .head_dim = head_dim};
-    p.weights = packed_weights(packed, n_heads, head_dim, dtype);
+    struct pass p = {.run = run, .head_dim = head_dim, .n_tokens = 1};
+    p.token[0] = token_of(score, packed, n_heads, head_dim, dtype);
     p.n_tiles = head_tiles(n_heads);
     p.n_blocks = (run->n_keys + KEY_BLOCK - 1) / KEY_BLOCK;
     p.n_listed = p.n_blocks + run->n_ahead;
     p.heads = (__mmask16)(0xFFFF >> (p.n_tiles * LANES - n_heads));
     p.keys = (__mmask16)(0xFFFF >> (p.n_blocks * KEY_BLOCK - run->n_keys));
     return p;
+}
+
+/* Loads the first block's keys, a tail copied before. */
+INLINE void load_first_keys(const struct pass *p, int steps) {
+    const struct keys first = keys_of(p, 0);
+    load_keys(0, first.row, first.stride);
+    load_keys(1, first.row + 64, first.stride);
+    if (steps == 4) {
+        load_keys(2, first.row + 128, first.stride);
+        load_keys(3, first.row + 192, first.stride);
+    }
 }
 
 TARGET static void score_bf16(float *score, const void *packed, int n_heads, int head_dim,
@@ -719,22 +767,34 @@ TARGET static void score_bf16(float *score, const void *packed, int n_heads, int
     p.scratch = scratch;
     memset(ring, 0, TILE_BYTES);
     copy_tail(scratch, run, (size_t)head_dim * 2);
-    const struct keys first = keys_of(&p, 0);
-    load_keys(0, first.row, first.stride);
-    load_keys(1, first.row + 64, first.stride);
-    if (head_dim == 64) {
-        if (p.n_tiles == 4)
-            run_slots_of_4(&p, 2, 0);
-        else
-            run_slots(&p, 2, 0);
-        return;
-    }
-    load_keys(2, first.row + 128, first.stride);
-    load_keys(3, first.row + 192, first.stride);
-    if (p.n_tiles == 4)
+    load_first_keys(&p, head_dim / STEP_DIMS);
+    if (head_dim == 64 && p.n_tiles == 4)
+        run_slots_of_4(&p, 2, 0);
+    else if (head_dim == 64)
+        run_slots(&p, 2, 0);
+    else if (p.n_tiles == 4)
         run_slots_of_4(&p, 4, 0);
     else
         run_slots(&p, 4, 0);
+}
+
+TARGET static void score_two_bf16(float *const score[2], const void *const packed[2], int n_heads,
+                                  int head_dim, const struct key_run *run) {
+    _Alignas(64) float ring[2 * LANES * LANES];
+    _Alignas(64) unsigned char scratch[KEY_BLOCK * MAX_HEAD_DIM * 2];
+    if (head_tiles(n_heads) != 4 || head_dim != 128) {
+        score_bf16(score[0], packed[0], n_heads, head_dim, run);
+        score_bf16(score[1], packed[1], n_heads, head_dim, run);
+        return;
+    }
+    struct pass p = pass_of(score[0], packed[0], n_heads, head_dim, DTYPE_BF16, run);
+    p.token[1] = token_of(score[1], packed[1], n_heads, head_dim, DTYPE_BF16);
+    p.ring = ring;
+    p.scratch = scratch;
+    memset(ring, 0, TILE_BYTES);
+    copy_tail(scratch, run, (size_t)head_dim * 2);
+    load_first_keys(&p, 4);
+    run_slots_of_4_twice(&p, 4);
 }
 
 TARGET static void score_fp16(float *score, const void *packed, int n_heads, int head_dim,
@@ -744,7 +804,7 @@ TARGET static void score_fp16(float *score, const void *packed, int n_heads, int
     struct pass p = pass_of(score, packed, n_heads, head_dim, DTYPE_FP16, run);
     p.ring = ring;
     p.scratch = scratch;
-    if (query_special(p.weights + p.n_tiles * LANES)) {
+    if (query_special(p.token[0].weights + p.n_tiles * LANES)) {
         for (int j = 0; j < run->n_keys; j++)
             score[j] = score_special(&p, key_at(run, j));
         return;
@@ -792,6 +852,7 @@ const struct kernel lidx_kernel_amx = {
     .topk = &lidx_topk_avx512,
     .path = {[DTYPE_BF16] = {packed_size_bf16, pack_bf16, score_bf16},
              [DTYPE_FP16] = {packed_size_fp16, pack_fp16, score_fp16}},
+    .score_two = {[DTYPE_BF16] = score_two_bf16},
 };
 
 #endif

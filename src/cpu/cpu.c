@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The CPU backend: OpenMP threads take items of the plan, call one kernel, keep the k best of
- * each row and write them. All memory comes from one allocation made with the context.
+ * The CPU backend: OpenMP threads take the plan's blocks, call one kernel, keep the k best of each
+ * row and write them. A thread that finds no block left joins one that others are at: cores differ
+ * in speed and come late. All memory comes from one allocation made with the context.
  */
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -31,17 +32,21 @@ enum {
     SLOTS_PER_WORKER = 2 * SPLITS_PER_WORKER,
 };
 
-/* A cut block: for each row an entry that k entries of finished pieces reach, or 0. What is below
- * it need not be looked at. It only saves work; the answer is the same without. */
+/* A cut block. Workers that take its pieces each keep one selection over all of theirs; these meet
+ * when the last piece is done. All 0 when a run begins. */
 struct split {
-    _Atomic uint64_t bound[PLAN_ROWS]; /* 0 between runs */
+    /* For each row an entry that k entries reach, or 0. What is below it need not be looked at. It
+     * only saves work; the answer is the same without. */
+    _Atomic uint64_t bound[PLAN_ROWS];
+    _Atomic int32_t taken;  /* pieces */
+    _Atomic int32_t joined; /* workers that have left their selection in a slot */
+    _Atomic int32_t done;   /* pieces in slots */
 };
 
 struct cpu {
     const struct kernel *kernel;
     unsigned char *memory; /* n_workers x ROW_BYTES, then the slots */
     struct split *splits;
-    _Atomic int32_t *arrived; /* a slot's: halves of a merge that are there; 0 between runs */
     int n_workers;
 };
 
@@ -69,7 +74,7 @@ struct worker {
     struct run *run;
     struct row row[PLAN_ROWS];
     const void *list[LIST_BLOCKS];
-    _Alignas(64) float score[TILE_KEYS];
+    _Alignas(64) float score[2][TILE_KEYS]; /* of two rows where the kernel takes two at once */
     float weights[MAX_HEADS];
 };
 
@@ -91,7 +96,6 @@ static void cpu_destroy(void *state) {
     struct cpu *cpu = state;
     free(cpu->memory);
     free(cpu->splits);
-    free(cpu->arrived);
     free(cpu);
 }
 
@@ -105,8 +109,7 @@ static int cpu_create(void **state, const struct lidx_options *options) {
     size_t bytes = (size_t)cpu->n_workers * WORKER_BYTES;
     cpu->memory = aligned_alloc(4096, bytes);
     cpu->splits = calloc((size_t)cpu->n_workers * SPLITS_PER_WORKER, sizeof *cpu->splits);
-    cpu->arrived = calloc((size_t)cpu->n_workers * SLOTS_PER_WORKER, sizeof *cpu->arrived);
-    if (!cpu->memory || !cpu->splits || !cpu->arrived) {
+    if (!cpu->memory || !cpu->splits) {
         int n = cpu->n_workers;
         cpu_destroy(cpu);
         return lidx_fail(LIDX_ERR_MEMORY, "no memory for %d threads of %d bytes", n, WORKER_BYTES);
@@ -156,8 +159,7 @@ static void write_row(const struct problem *p, int64_t batch, int64_t row, const
         (int32_t *)((unsigned char *)p->indices + batch * p->indices_batch_stride) + row * p->top_k;
     for (int i = 0; i < n; i++)
         indices[i] = lidx_topk_position(entry[i]);
-    for (int i = n; i < p->top_k; i++)
-        indices[i] = -1;
+    memset(indices + n, 0xFF, sizeof *indices * (size_t)(p->top_k - n)); /* -1 */
     if (!p->values)
         return;
     void *values = (unsigned char *)p->values + batch * p->values_batch_stride +
@@ -209,6 +211,18 @@ static void publish_bound(const struct worker *w, const struct plan_item *item, 
         continue;
 }
 
+/* After a piece: what this worker knows, and what others have found out meanwhile. */
+static void share_thresholds(struct worker *w, const struct plan_item *item) {
+    for (int r = 0; r < item->n_rows; r++) {
+        struct topk *t = &w->row[r].topk;
+        uint64_t known = known_threshold(w, item, r);
+        if (known > t->threshold)
+            t->threshold = known;
+        else if (t->threshold > known)
+            publish_bound(w, item, r, t->threshold + 1);
+    }
+}
+
 static void load_rows(struct worker *w, const struct plan_item *item) {
     const struct problem *p = w->run->p;
     for (int r = 0; r < item->n_rows; r++) {
@@ -237,121 +251,185 @@ static int list_blocks(struct worker *w, const struct plan_item *item, int64_t b
     return ahead;
 }
 
+/* How many keys of [begin, end) a row sees. */
+static int keys_seen(const struct row *row, int64_t begin, int64_t end) {
+    int64_t n = (row->visible < end ? row->visible : end) - begin;
+    return n > 0 ? (int)n : 0;
+}
+
+/* Scores the n keys of a run for one or two rows that see them all, and pushes the scores. */
+static void score_rows(struct worker *w, int r, int n_rows, const struct key_run *keys,
+                       int64_t begin) {
+    const struct problem *p = w->run->p;
+    if (n_rows == 2) {
+        float *const score[2] = {w->score[0], w->score[1]};
+        const void *const packed[2] = {w->row[r].packed, w->row[r + 1].packed};
+        w->run->cpu->kernel->score_two[p->dtype](score, packed, p->n_heads, p->head_dim, keys);
+    } else {
+        w->run->path->score(w->score[0], w->row[r].packed, p->n_heads, p->head_dim, keys);
+    }
+    for (int i = 0; i < n_rows; i++)
+        lidx_topk_push(&w->row[r + i].topk, w->score[i], keys->n_keys, begin);
+}
+
 /* Scores the item's keys for each of its rows, a tile of keys at a time: the tile stays in cache
  * while the rows pass over it. */
 static void score_item(struct worker *w, const struct plan_item *item) {
     const struct problem *p = w->run->p;
     int row_stride = p->head_dim * lidx_dtype_bytes(p->dtype);
+    int two_at_once = w->run->cpu->kernel->score_two[p->dtype] != NULL;
     for (int64_t begin = item->key_begin; begin < item->key_end; begin += TILE_KEYS) {
         int64_t end = begin + TILE_KEYS < item->key_end ? begin + TILE_KEYS : item->key_end;
         int ahead = list_blocks(w, item, begin, end);
-        for (int r = 0; r < item->n_rows; r++) {
-            struct row *row = &w->row[r];
-            int64_t n = (row->visible < end ? row->visible : end) - begin;
-            if (n <= 0)
-                continue;
+        for (int r = 0, rows; r < item->n_rows; r += rows) {
+            int n = keys_seen(&w->row[r], begin, end);
+            rows = two_at_once && r + 1 < item->n_rows &&
+                           keys_seen(&w->row[r + 1], begin, end) == n
+                       ? 2
+                       : 1;
             /* What comes next is fetched once, while the last row, which sees it all, passes. */
-            int is_last = r == item->n_rows - 1;
-            const struct key_run keys = {w->list, row_stride, (int)n, is_last ? ahead : 0};
-            w->run->path->score(w->score, row->packed, p->n_heads, p->head_dim, &keys);
-            lidx_topk_push(&row->topk, w->score, (int)n, begin);
+            int is_last = r + rows == item->n_rows;
+            const struct key_run keys = {w->list, row_stride, n, is_last ? ahead : 0};
+            if (n > 0)
+                score_rows(w, r, rows, &keys, begin);
         }
     }
 }
 
-/* One row of one piece: up to k sorted entries and a 0. */
+/* One row of one worker's pieces: up to k entries, best first, and a 0. */
 struct slot {
-    int64_t n;
+    int32_t n;
+    int32_t share; /* of k: as the worker's keys are to all */
     uint64_t entry[];
 };
 
-static int64_t slot_index(const struct plan_item *item, int piece, int r) {
-    return item->slot + (int64_t)piece * item->n_rows + r;
-}
-
-static struct slot *slot_at(const struct run *run, int64_t index) {
+static struct slot *slot_at(const struct run *run, const struct plan_item *block, int member,
+                            int r) {
+    int64_t index = block->slot + (int64_t)member * block->n_rows + r;
     return (struct slot *)(void *)(run->slots + (size_t)index * run->slot_bytes);
 }
 
-static void fill_slot(struct slot *slot, const uint64_t *entry, int n) {
-    slot->n = n;
-    memcpy(slot->entry, entry, sizeof *entry * (size_t)n);
-    slot->entry[n] = 0;
-}
-
-static void store_piece(struct worker *w, const struct plan_item *item) {
-    for (int r = 0; r < item->n_rows; r++) {
+static void store_selections(struct worker *w, const struct plan_item *block, int64_t n_keys) {
+    int64_t all = lidx_visible(w->run->p, &block->extent, block->row + block->n_rows - 1);
+    int member = atomic_fetch_add_explicit(&split_of(w, block)->joined, 1, memory_order_relaxed);
+    for (int r = 0; r < block->n_rows; r++) {
         struct topk *t = &w->row[r].topk;
+        struct slot *slot = slot_at(w->run, block, member, r);
         lidx_topk_sort(t);
         if (t->n == t->k)
-            publish_bound(w, item, r, t->entry[t->k - 1]);
-        fill_slot(slot_at(w->run, slot_index(item, item->piece, r)), t->entry, t->n);
+            publish_bound(w, block, r, t->entry[t->k - 1]);
+        slot->n = t->n;
+        slot->share = (int32_t)((n_keys * t->k + all - 1) / all);
+        memcpy(slot->entry, t->entry, sizeof *t->entry * (size_t)t->n);
+        slot->entry[t->n] = 0;
     }
 }
 
-static void merge_pair(struct worker *w, const struct plan_item *item, int left, int right) {
-    for (int r = 0; r < item->n_rows; r++) {
-        struct slot *a = slot_at(w->run, slot_index(item, left, r));
-        const struct slot *b = slot_at(w->run, slot_index(item, right, r));
-        uint64_t *merged = w->row[r].topk.entry;
-        int n = lidx_topk_merge(merged, w->run->p->top_k, a->entry, (int)a->n, b->entry, (int)b->n);
-        fill_slot(a, merged, n);
+/* An entry that k entries of all slots together reach, or 0: each vouches for its share of k. Where
+ * scores do not depend on the place, few more than k reach it. */
+static uint64_t common_bound(const struct worker *w, const struct plan_item *block, int members,
+                             int r) {
+    uint64_t bound = UINT64_MAX;
+    for (int m = 0; m < members; m++) {
+        const struct slot *slot = slot_at(w->run, block, m, r);
+        uint64_t reached = slot->n < slot->share ? 0 : slot->entry[slot->share - 1];
+        bound = reached < bound ? reached : bound;
     }
+    return bound;
 }
 
-/* Whether this worker brings the second half of the merge into `right`'s neighbour. */
-static int arrives_second(struct worker *w, const struct plan_item *item, int right) {
-    _Atomic int32_t *arrived = &w->run->cpu->arrived[slot_index(item, right, 0)];
-    if (atomic_fetch_add_explicit(arrived, 1, memory_order_acq_rel) == 0)
-        return 0;
-    atomic_store_explicit(arrived, 0, memory_order_relaxed);
-    return 1;
-}
-
-/* Pieces meet in pairs, pairs in pairs of pairs; whoever comes second to a meeting merges and
- * goes on, so merges of one block run side by side and nobody waits. True for the one worker that
- * ends with the whole block, which is then in the slots of piece 0. */
-static int merge_upwards(struct worker *w, const struct plan_item *item) {
-    int mine = item->piece;
-    for (int step = 1; step < item->n_pieces; step *= 2) {
-        int left = mine - mine % (2 * step), right = left + step;
-        if (right < item->n_pieces) {
-            if (!arrives_second(w, item, right))
-                return 0;
-            merge_pair(w, item, left, right);
-        }
-        mine = left;
-    }
-    return 1;
-}
-
-static void finish_cut_block(struct worker *w, const struct plan_item *item) {
-    store_piece(w, item);
-    if (!merge_upwards(w, item))
+/* The best of the slots, in order, to the row's buffer; two lists are merged, more are sorted. */
+static void gather_row(struct worker *w, const struct plan_item *block, int members, int r) {
+    struct topk *t = &w->row[r].topk;
+    if (members == 2) {
+        const struct slot *a = slot_at(w->run, block, 0, r), *b = slot_at(w->run, block, 1, r);
+        t->n = lidx_topk_merge(t->entry, t->k, a->entry, a->n, b->entry, b->n);
         return;
-    for (int r = 0; r < item->n_rows; r++) {
-        const struct slot *slot = slot_at(w->run, slot_index(item, 0, r));
-        atomic_store_explicit(&split_of(w, item)->bound[r], 0, memory_order_relaxed);
-        write_row(w->run->p, item->batch, item->extent.query_begin + item->row + r, slot->entry,
-                  (int)slot->n);
+    }
+    uint64_t bound = common_bound(w, block, members, r);
+    lidx_topk_reset(t, t->k, t->entry, w->run->loops);
+    t->threshold = known_threshold(w, block, r);
+    if (bound > t->threshold)
+        t->threshold = bound - 1;
+    for (int m = 0; m < members; m++) {
+        const struct slot *slot = slot_at(w->run, block, m, r);
+        lidx_topk_add(t, slot->entry, slot->n);
+    }
+    lidx_topk_sort(t);
+}
+
+static void write_block_row(struct worker *w, const struct plan_item *block, int r) {
+    const struct topk *t = &w->row[r].topk;
+    write_row(w->run->p, block->batch, block->extent.query_begin + block->row + r, t->entry, t->n);
+}
+
+static void finish_block(struct worker *w, const struct plan_item *block) {
+    for (int r = 0; r < block->n_rows; r++) {
+        lidx_topk_sort(&w->row[r].topk);
+        write_block_row(w, block, r);
     }
 }
 
-static void finish_whole_block(struct worker *w, const struct plan_item *item) {
-    for (int r = 0; r < item->n_rows; r++) {
-        struct topk *t = &w->row[r].topk;
-        lidx_topk_sort(t);
-        write_row(w->run->p, item->batch, item->extent.query_begin + item->row + r, t->entry, t->n);
+static void gather_selections(struct worker *w, const struct plan_item *block) {
+    int members = atomic_load_explicit(&split_of(w, block)->joined, memory_order_relaxed);
+    for (int r = 0; r < block->n_rows; r++) {
+        gather_row(w, block, members, r);
+        write_block_row(w, block, r);
     }
 }
 
-static void run_item(struct worker *w, const struct plan_item *item) {
-    load_rows(w, item);
-    score_item(w, item);
-    if (item->n_pieces > 1)
-        finish_cut_block(w, item);
-    else
-        finish_whole_block(w, item);
+/* Whether these pieces are the last of the block to be done. */
+static int is_last(struct worker *w, const struct plan_item *block, int n_pieces) {
+    _Atomic int32_t *done = &split_of(w, block)->done;
+    return atomic_fetch_add_explicit(done, n_pieces, memory_order_acq_rel) + n_pieces ==
+           block->n_pieces;
+}
+
+/* Takes pieces of a cut block in a row: half of an equal share of those that are left, so that
+ * runs are long at first and short in the end. Returns how many. */
+static int take_run(const struct worker *w, const struct plan_item *block, int32_t *first) {
+    _Atomic int32_t *taken = &split_of(w, block)->taken;
+    int32_t n;
+    *first = atomic_load_explicit(taken, memory_order_relaxed);
+    do {
+        int32_t left = block->n_pieces - *first;
+        if (left <= 0)
+            return 0;
+        n = left / (2 * w->run->cpu->n_workers);
+        n = n ? n : 1;
+    } while (!atomic_compare_exchange_weak_explicit(taken, first, *first + n, memory_order_relaxed,
+                                                    memory_order_relaxed));
+    return n;
+}
+
+/* Takes pieces of a cut block, whose first item is `first`, as long as there are any. Nobody waits:
+ * the worker that is done last brings the selections together. */
+static void take_pieces(struct worker *w, struct plan_cursor *cursor, int64_t first,
+                        const struct plan_item *block) {
+    int64_t n_keys = 0;
+    int n_pieces = 0, n;
+    int32_t piece;
+    while ((n = take_run(w, block, &piece)) > 0) {
+        struct plan_item item, last;
+        lidx_plan_seek(cursor, first + piece, &item);
+        lidx_plan_seek(cursor, first + piece + n - 1, &last);
+        item.key_end = last.key_end;
+        if (n_pieces == 0)
+            load_rows(w, &item);
+        score_item(w, &item);
+        share_thresholds(w, &item);
+        n_keys += item.key_end - item.key_begin;
+        n_pieces += n;
+    }
+    if (n_pieces == 0)
+        return;
+    if (n_pieces == block->n_pieces) {
+        finish_block(w, block);
+        return;
+    }
+    store_selections(w, block, n_keys);
+    if (is_last(w, block, n_pieces))
+        gather_selections(w, block);
 }
 
 static void assign_memory(struct worker *w, struct run *run, int index) {
@@ -365,17 +443,59 @@ static void assign_memory(struct worker *w, struct run *run, int index) {
     }
 }
 
-static void take_items(struct worker *w) {
+/* Takes blocks that nobody has begun, each with all its items. */
+static void take_blocks(struct worker *w) {
     struct run *run = w->run;
     struct plan_cursor cursor;
-    struct plan_item item;
+    int64_t i = atomic_load_explicit(&run->next_item, memory_order_relaxed);
     lidx_plan_start(&cursor, &run->plan);
-    for (;;) {
-        int64_t i = atomic_fetch_add_explicit(&run->next_item, 1, memory_order_relaxed);
-        if (i >= run->plan.n_items)
-            return;
-        lidx_plan_seek(&cursor, i, &item);
-        run_item(w, &item);
+    while (i < run->plan.n_items) {
+        struct plan_item block;
+        lidx_plan_seek(&cursor, i, &block);
+        if (!atomic_compare_exchange_weak_explicit(&run->next_item, &i, i + block.n_pieces,
+                                                   memory_order_relaxed, memory_order_relaxed))
+            continue;
+        if (block.n_pieces > 1) {
+            take_pieces(w, &cursor, i, &block);
+        } else {
+            load_rows(w, &block);
+            score_item(w, &block);
+            finish_block(w, &block);
+        }
+        i = atomic_load_explicit(&run->next_item, memory_order_relaxed);
+    }
+}
+
+/* The first item of the block with most pieces to take, or -1. */
+static int64_t find_pieces(const struct worker *w) {
+    const struct plan *plan = &w->run->plan;
+    struct plan_cursor cursor;
+    struct plan_item block;
+    int64_t found = -1;
+    int most = 0;
+    lidx_plan_start(&cursor, plan);
+    for (int64_t i = 0; i < plan->n_items; i += block.n_pieces) {
+        lidx_plan_seek(&cursor, i, &block);
+        if (block.n_pieces == 1)
+            continue;
+        int left = block.n_pieces -
+                   atomic_load_explicit(&split_of(w, &block)->taken, memory_order_relaxed);
+        if (left > most) {
+            most = left;
+            found = i;
+        }
+    }
+    return found;
+}
+
+static void help_others(struct worker *w) {
+    int64_t first;
+    while (w->run->plan.n_splits && (first = find_pieces(w)) >= 0) {
+        struct plan_cursor cursor;
+        struct plan_item block;
+        lidx_plan_start(&cursor, &w->run->plan);
+        lidx_plan_seek(&cursor, first, &block);
+        take_pieces(w, &cursor, first, &block);
     }
 }
 
@@ -388,7 +508,8 @@ static void work(struct run *run, int index, int n_threads) {
     assign_memory(&w, run, index);
     if (kernel->enter)
         kernel->enter();
-    take_items(&w);
+    take_blocks(&w);
+    help_others(&w);
     if (kernel->leave)
         kernel->leave();
     lidx_leave_default_environment(&callers);
@@ -414,6 +535,7 @@ static void prepare_run(struct run *run, const struct cpu *cpu, const struct pro
     const struct plan_limits limits = {cpu->n_workers, rows < PLAN_ROWS ? (int)rows : PLAN_ROWS,
                                        slots < most ? slots : most};
     lidx_plan_build(&run->plan, p, &limits);
+    memset(cpu->splits, 0, sizeof *cpu->splits * (size_t)run->plan.n_splits);
 }
 
 static int cpu_run(void *state, const struct problem *p, const struct run_resources *resources) {

@@ -74,6 +74,10 @@ struct kernel {
     void (*leave)(void);
     const struct topk_loops *topk; /* NULL = the portable ones */
     struct kernel_path path[KEY_DTYPES]; /* by enum dtype: bf16 and fp16, both filled */
+    /* By enum dtype; NULL where not offered: score() of two query tokens over the same run, each
+     * to the same bits. For kernels that gain by using keys twice once they are in registers. */
+    void (*score_two[KEY_DTYPES])(float *const score[2], const void *const packed[2], int n_heads,
+                                  int head_dim, const struct key_run *run);
 };
 
 #endif

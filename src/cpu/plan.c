@@ -2,11 +2,11 @@
 #include "plan.h"
 
 enum {
-    ITEMS_PER_WORKER = 4, /* so that a slow or late thread costs little */
-    ROWS_WANTED = 4,      /* rows that share a key tile from cache, where there are as many */
-    PIECE_TOP_K = 4,      /* a piece of fewer keys than 4k discards little, and leaves all the
-                           * selection to the merge: only to give every worker a piece */
-    PIECE_LEAST = 1024,   /* below this, waking a thread costs more than it saves */
+    BLOCKS_PER_WORKER = 4,  /* where there are as many tokens */
+    ROWS_WANTED = 4,        /* rows that share a key tile from cache, where there are as many */
+    PIECES_PER_WORKER = 64, /* cores differ in speed, and late ones shall not be waited for */
+    PIECE_KEYS = 240,       /* fewer keys at a time cost the kernels more than balance brings */
+    SERIAL_WORK = 1024,     /* keys x rows up to which waking a thread costs more than it saves */
 };
 
 static int64_t smaller(int64_t a, int64_t b) {
@@ -41,6 +41,10 @@ static struct block block_at(const struct plan *plan, const struct extent *e, in
     return b;
 }
 
+static int64_t block_slots(const struct plan *plan, const struct block *b) {
+    return b->n_pieces > 1 ? smaller(b->n_pieces, plan->n_workers) * b->n_rows : 0;
+}
+
 static int64_t block_count(const struct plan *plan, const struct extent *e) {
     return divide_up(e->n_query, plan->rows);
 }
@@ -65,10 +69,8 @@ static void count(struct plan *plan) {
         for (int64_t i = block_count(plan, &e); i-- > 0;) {
             struct block block = block_at(plan, &e, i);
             plan->n_items += block.n_pieces;
-            if (block.n_pieces > 1) {
-                plan->n_splits++;
-                plan->n_slots += (int64_t)block.n_pieces * block.n_rows;
-            }
+            plan->n_splits += block.n_pieces > 1;
+            plan->n_slots += block_slots(plan, &block);
         }
     }
 }
@@ -76,15 +78,14 @@ static void count(struct plan *plan) {
 void lidx_plan_build(struct plan *plan, const struct problem *p, const struct plan_limits *limits) {
     int64_t tokens, work, workers = limits->n_workers;
     measure(p, &tokens, &work);
-    int64_t rows = larger(tokens / (ITEMS_PER_WORKER * workers), ROWS_WANTED);
+    int64_t rows = larger(tokens / (BLOCKS_PER_WORKER * workers), ROWS_WANTED);
     plan->p = p;
     plan->rows = (int)smaller(rows, limits->rows);
+    plan->n_workers = limits->n_workers;
     plan->piece_work = INT64_MAX / 2;
-    if (workers > 1)
-        plan->piece_work = larger(work / (ITEMS_PER_WORKER * workers),
-                                  smaller(divide_up(work, workers),
-                                          (int64_t)PIECE_TOP_K * p->top_k * plan->rows));
-    plan->piece_work = larger(plan->piece_work, PIECE_LEAST);
+    if (workers > 1 && work > SERIAL_WORK)
+        plan->piece_work = larger(work / (PIECES_PER_WORKER * workers),
+                                  PIECE_KEYS * smaller(plan->rows, tokens));
     /* With piece_work above all work nothing is cut and no slot is needed, so this ends. */
     for (count(plan); plan->n_slots > limits->slots; count(plan))
         plan->piece_work *= 2;
@@ -130,7 +131,7 @@ void lidx_plan_seek(struct plan_cursor *c, int64_t index, struct plan_item *item
         }
         c->first_item += b.n_pieces;
         c->split += cut;
-        c->slot += cut ? (int64_t)b.n_pieces * b.n_rows : 0;
+        c->slot += block_slots(c->plan, &b);
         c->block--;
     }
 }

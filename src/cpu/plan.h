@@ -4,8 +4,8 @@
  * lengths: no threads, no ISA, no data.
  *
  * A block is up to `rows` consecutive query tokens of one batch; its keys are those its last
- * token sees. A block with much work is cut along the keys into pieces, which meet again in a
- * merge. An item is one piece. Items of a batch run from its last block to its first, so that
+ * token sees. A block with much work is cut along the keys into pieces, so that several threads can
+ * share it. An item is one piece. Items of a batch run from its last block to its first, so that
  * with causal masks the heavy ones start first. Which thread takes an item does not matter to the
  * result.
  */
@@ -29,9 +29,10 @@ struct plan {
     const struct problem *p;
     int64_t piece_work; /* keys x rows of a piece, about */
     int64_t n_items;
-    int64_t n_slots;  /* partial rows of all pieces of cut blocks */
+    int64_t n_slots;  /* partial rows of all who may share cut blocks */
     int64_t n_splits; /* blocks that are cut */
     int rows;
+    int n_workers;
 };
 
 struct plan_item {
@@ -44,7 +45,8 @@ struct plan_item {
     int64_t key_begin; /* keys of this piece, counted in the batch */
     int64_t key_end;
     int64_t split; /* number of this block among the cut ones; -1 when n_pieces is 1 */
-    int64_t slot;  /* first partial row of the block; piece i, row r is slot + i * n_rows + r */
+    int64_t slot;  /* first partial row of the block, which has n_rows of them for each worker, or
+                    * for each piece if these are fewer */
 };
 
 void lidx_plan_build(struct plan *plan, const struct problem *p, const struct plan_limits *limits);
