@@ -36,9 +36,10 @@ LIDX_API const char *lidx_torch_symbol(int index, const char **library);
 
 static struct torch_shim torch;
 
-enum symbol_use { NEEDED, ONE_OF, CUDA_ONLY };
+enum symbol_use { NEEDED, ONE_OF, CUDA };
 
-/* ONE_OF: of the two ways to free a cell the first that exists is taken. */
+/* ONE_OF: of the two ways to free a cell the first that exists is taken. CUDA: needed too, where
+ * torch has CUDA. */
 static const struct symbol {
     const char *name;
     size_t offset;
@@ -71,21 +72,23 @@ static const struct symbol {
     {"aoti_torch_dtype_float64", offsetof(struct torch_shim, dtype_float64), NEEDED},
     {"aoti_torch_dtype_int32", offsetof(struct torch_shim, dtype_int32), NEEDED},
     {"aoti_torch_dtype_int64", offsetof(struct torch_shim, dtype_int64), NEEDED},
-    {"aoti_torch_dtype_uint8", offsetof(struct torch_shim, dtype_uint8), NEEDED},
     {"aoti_torch_dtype_element_size", offsetof(struct torch_shim, dtype_element_size), NEEDED},
     {"aoti_torch_device_type_cpu", offsetof(struct torch_shim, device_type_cpu), NEEDED},
     {"aoti_torch_device_type_cuda", offsetof(struct torch_shim, device_type_cuda), NEEDED},
     {"torch_delete_stable_ivalue", offsetof(struct torch_shim, delete_cell), ONE_OF},
     {"_ZdlPv", offsetof(struct torch_shim, operator_delete), ONE_OF},
-    {"aoti_torch_get_current_cuda_stream", offsetof(struct torch_shim, get_cuda_stream),
-     CUDA_ONLY},
+    {"aoti_torch_get_current_cuda_stream", offsetof(struct torch_shim, get_cuda_stream), CUDA},
+    {"aoti_torch_create_cuda_guard", offsetof(struct torch_shim, create_cuda_guard), CUDA},
+    {"aoti_torch_delete_cuda_guard", offsetof(struct torch_shim, delete_cuda_guard), CUDA},
+    {"aoti_torch_cuda_caching_allocator_raw_alloc", offsetof(struct torch_shim, cuda_alloc), CUDA},
+    {"aoti_torch_cuda_caching_allocator_raw_delete", offsetof(struct torch_shim, cuda_free), CUDA},
 };
 
 enum { N_SYMBOLS = sizeof symbols / sizeof symbols[0] };
 
 /* What torch calls the element and device types, asked once. */
 static struct {
-    int32_t bfloat16, float16, float32, float64, int32, int64, uint8;
+    int32_t bfloat16, float16, float32, float64, int32, int64;
     int32_t cpu, cuda;
 } numbers;
 
@@ -104,7 +107,6 @@ static void ask_numbers(void) {
     numbers.float64 = torch.dtype_float64();
     numbers.int32 = torch.dtype_int32();
     numbers.int64 = torch.dtype_int64();
-    numbers.uint8 = torch.dtype_uint8();
     numbers.cpu = torch.device_type_cpu();
     numbers.cuda = torch.device_type_cuda();
 }
@@ -120,9 +122,9 @@ const char *lidx_torch_load(const char *libtorch_cpu, const char *libtorch_cuda)
     }
     struct torch_shim found = {0};
     for (int i = 0; i < N_SYMBOLS; i++) {
-        void *from = symbols[i].use == CUDA_ONLY ? cuda : cpu;
+        void *from = symbols[i].use == CUDA ? cuda : cpu;
         void *address = from ? dlsym(from, symbols[i].name) : NULL;
-        if (!address && symbols[i].use == NEEDED) {
+        if (!address && from && symbols[i].use != ONE_OF) {
             snprintf(sentence, sizeof sentence,
                      "torch does not export %s; the operator needs torch 2.10 or newer",
                      symbols[i].name);
@@ -195,12 +197,12 @@ static struct lidx_context *get_context(void) {
 
 /* --- arguments ------------------------------------------------------------------------------- */
 
-enum { QUERY, KEY, WEIGHTS, QUERY_LENGTHS, KEY_LENGTHS, BLOCK_TABLE, INDICES, VALUES, WORKSPACE,
+enum { QUERY, KEY, WEIGHTS, QUERY_LENGTHS, KEY_LENGTHS, BLOCK_TABLE, INDICES, VALUES,
        N_TENSORS };
 
 static const char *const tensor_names[N_TENSORS] = {
     "query", "key", "weights", "actual_seq_lengths_query", "actual_seq_lengths_key", "block_table",
-    "sparse_indices", "sparse_values", "workspace",
+    "sparse_indices", "sparse_values",
 };
 
 struct call {
@@ -404,20 +406,26 @@ static void make_outputs(struct call *c) {
 }
 
 /* torch's allocator gives the workspace and takes it back at once: it hands memory on in stream
- * order, and inside a graph's capture from the graph's pool. */
-static void make_workspace(struct call *c, struct lidx_context *context) {
-    size_t bytes = 0;
-    if (lidx_workspace_size(context, &c->args, &bytes)) {
+ * order, and inside a graph's capture from the graph's pool. It is asked for bytes, since a tensor
+ * around them would cost as much again. */
+static void run_on_cuda(struct call *c, struct lidx_context *context) {
+    struct lidx_args *args = &c->args;
+    struct torch_cuda_guard *guard = NULL;
+    if (lidx_workspace_size(context, args, &args->workspace_size)) {
         c->error = lidx_last_error();
         return;
     }
-    if (torch.get_cuda_stream)
-        torch.get_cuda_stream(c->device_index, &c->args.stream);
-    if (bytes) {
-        const int64_t size = (int64_t)bytes, stride = 1;
-        c->args.workspace = allocate(c, WORKSPACE, 1, &size, &stride, numbers.uint8);
-        c->args.workspace_size = bytes;
+    if (torch.get_cuda_stream(c->device_index, &args->stream) ||
+        torch.create_cuda_guard(c->device_index, &guard)) {
+        c->error = "torch could not switch to query's device";
+        return;
     }
+    if (args->workspace_size && torch.cuda_alloc(args->workspace_size, &args->workspace))
+        c->error = "torch could not allocate the workspace";
+    else if (lidx_run(context, args))
+        c->error = lidx_last_error();
+    torch.cuda_free(args->workspace);
+    torch.delete_cuda_guard(guard);
 }
 
 static const struct lidx_tensor *present(struct call *c, int which) {
@@ -445,9 +453,11 @@ static void run(struct call *c) {
         return;
     }
     make_outputs(c);
-    if (!c->error && c->device_type == numbers.cuda)
-        make_workspace(c, context);
-    if (!c->error && lidx_run(context, args))
+    if (c->error)
+        return;
+    if (c->device_type == numbers.cuda && torch.cuda_alloc)
+        run_on_cuda(c, context);
+    else if (lidx_run(context, args))
         c->error = lidx_last_error();
 }
 
@@ -460,10 +470,9 @@ static void release(struct call *c, int first, int end) {
 /* Releases all that is owned; on failure throws, else leaves the outputs to the caller. */
 static void finish(struct call *c) {
     release(c, QUERY, INDICES);
-    release(c, WORKSPACE, N_TENSORS);
     if (!c->error)
         return;
-    release(c, INDICES, WORKSPACE);
+    release(c, INDICES, N_TENSORS);
     torch.check(false, "lightning_indexer", __FILE__, __LINE__, c->error);
 }
 

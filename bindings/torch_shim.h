@@ -18,9 +18,10 @@
 typedef uint64_t torch_value;
 typedef int32_t torch_error; /* 0 is success */
 
-struct torch_tensor;  /* opaque; a handle owns one reference */
-struct torch_string;  /* opaque */
-struct torch_library; /* opaque */
+struct torch_tensor;     /* opaque; a handle owns one reference */
+struct torch_string;     /* opaque */
+struct torch_library;    /* opaque */
+struct torch_cuda_guard; /* opaque */
 
 typedef void (*torch_kernel)(torch_value *stack, uint64_t n_arguments, uint64_t n_results);
 
@@ -69,7 +70,6 @@ struct torch_shim {
     int32_t (*dtype_float64)(void);
     int32_t (*dtype_int32)(void);
     int32_t (*dtype_int64)(void);
-    int32_t (*dtype_uint8)(void);
     size_t (*dtype_element_size)(int32_t dtype);
     int32_t (*device_type_cpu)(void);
     int32_t (*device_type_cuda)(void);
@@ -79,8 +79,13 @@ struct torch_shim {
     torch_error (*delete_cell)(torch_value *cell);
     void (*operator_delete)(void *memory);
 
-    /* Exported by libtorch_cuda; NULL where torch has no CUDA. */
+    /* Exported by libtorch_cuda; NULL where torch has no CUDA. The allocator's memory is of the
+     * current device and in the order of its current stream; a guard makes a device current. */
     torch_error (*get_cuda_stream)(int32_t device_index, void **stream);
+    torch_error (*create_cuda_guard)(int32_t device_index, struct torch_cuda_guard **guard);
+    torch_error (*delete_cuda_guard)(struct torch_cuda_guard *guard);
+    torch_error (*cuda_alloc)(uint64_t bytes, void **memory);
+    torch_error (*cuda_free)(void *memory);
 };
 
 #endif
