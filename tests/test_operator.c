@@ -4,14 +4,11 @@
  * itself: the same rows alone, in a batch, in another order, in each layout, on other pages, with
  * 1 to 8 threads, as pieces of a prefill and as decode steps must have the same bits.
  *
- *     test_operator [--cases N] [--first N] [--kernel NAME] [--environment 0]
+ *     test_operator [--cases N] [--first N] [--kernel NAME]
  *
  * A failure names its case; `--first CASE --cases 1` runs it alone. LIDX_TEST_CASES sets N too.
- * `--environment 0` leaves rounding modes alone, which valgrind does not model.
  */
 #include "scenario.h"
-
-#include <fenv.h>
 
 #include "answers.h"
 #include "oracle.h"
@@ -178,66 +175,100 @@ static void check_broadcast(void) {
     oracle_free(oracle);
 }
 
-#if defined(__SSE2__)
-#include <xmmintrin.h>
-#define FLUSH_TO_ZERO 0x8040u
-static void flush_denormals(int on) {
-    _mm_setcsr(on ? _mm_getcsr() | FLUSH_TO_ZERO : _mm_getcsr() & ~FLUSH_TO_ZERO);
-}
-static int flushes_denormals(void) {
-    return (_mm_getcsr() & FLUSH_TO_ZERO) == FLUSH_TO_ZERO;
-}
-#else
-static void flush_denormals(int on) {
-    (void)on;
-}
-static int flushes_denormals(void) {
-    return 1;
-}
-#endif
+/* A NaN in any position of a query, a key or the weights makes the score NaN, which ranks last and
+ * by position. One run has it in each place of each row in turn. */
+struct nan_case {
+    int n_query, n_heads, head_dim, n_key;
+    uint16_t *query, *key;
+    float *weights;
+    int32_t *indices;
+    float *values;
+};
 
-/* The calling thread's rounding mode and flush-to-zero are its own affair: they neither reach the
- * scores nor change through a run. */
-static void check_float_environment(void) {
-    static const int modes[] = {FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO};
-    for (int c = 0; c < 40; c++) {
-        struct rng rng = rng_seed((uint64_t)c + 77);
-        struct scenario s;
-        struct answers answers;
-        scenario_make(&s, &rng, 2e5);
-        answers_make(&answers, &s);
-        struct form f = {0};
-        struct rendering r;
-        form_whole(&f, &s);
-        form_random_layout(&f, &rng);
-        f.values = 1;
-        rendering_make(&r, &s, &f, &rng);
-        for (int i = 0; i < n_kernels; i++) {
-            run(&kernels[i], 0, &r);
-            answers_keep(&answers, &s, &r, &f);
-            fesetround(modes[c % 3]);
-            flush_denormals(1);
-            int status = run(&kernels[i], c % N_THREADS, &r);
-            int kept = fegetround() == modes[c % 3] && flushes_denormals();
-            flush_denormals(0);
-            fesetround(FE_TONEAREST);
-            CHECK_INT(status, LIDX_OK, "run under another rounding mode");
-            CHECK(kept, "%s changed the caller's floating-point environment", kernels[i].name);
-            int64_t differing = 0;
-            for (int g = 0; g < f.n_segments; g++)
-                for (int64_t row = 0; row < f.segment[g].n_rows; row++)
-                    differing += answers_difference(&answers, &s, &r, &f, g, row) >= 0;
-            CHECK(differing == 0, "%s: %lld rows depend on the caller's rounding mode (%s)",
-                  kernels[i].name, (long long)differing, data_kind_name[s.kind]);
+static void run_nan_case(const struct nan_case *c, struct kernel *kernel, int is_bf16) {
+    const struct lidx_dtype half = {(uint8_t)(is_bf16 ? LIDX_BFLOAT : LIDX_FLOAT), 16, 1},
+                            int32 = {LIDX_INT, 32, 1}, f32 = {LIDX_FLOAT, 32, 1};
+    int64_t query_shape[] = {1, c->n_query, c->n_heads, c->head_dim};
+    int64_t key_shape[] = {1, c->n_key, 1, c->head_dim}, out_shape[] = {1, c->n_query, 1, c->n_key};
+    struct lidx_tensor q = {c->query, {LIDX_CPU, 0}, 4, half, query_shape, NULL, 0};
+    struct lidx_tensor k = {c->key, {LIDX_CPU, 0}, 4, half, key_shape, NULL, 0};
+    struct lidx_tensor w = {c->weights, {LIDX_CPU, 0}, 3, f32, query_shape, NULL, 0};
+    struct lidx_tensor o = {c->indices, {LIDX_CPU, 0}, 4, int32, out_shape, NULL, 0};
+    struct lidx_tensor v = {c->values, {LIDX_CPU, 0}, 4, f32, out_shape, NULL, 0};
+    struct lidx_args args = LIDX_ARGS_INIT;
+    args.query = &q, args.key = &k, args.weights = &w;
+    args.sparse_indices = &o, args.sparse_values = &v;
+    args.sparse_count = c->n_key, args.sparse_mode = LIDX_MODE_FULL;
+    CHECK_INT(lidx_run(context_of(kernel, 1), &args), LIDX_OK, "NaN");
+}
+
+static void fill_nan_case(struct nan_case *c, struct rng *rng, int is_bf16) {
+    for (int i = 0; i < c->n_query * c->n_heads * c->head_dim; i++)
+        c->query[i] = test_to_half(rng_normal(rng), is_bf16);
+    for (int i = 0; i < c->n_key * c->head_dim; i++)
+        c->key[i] = test_to_half(rng_normal(rng), is_bf16);
+    for (int i = 0; i < c->n_query * c->n_heads; i++)
+        c->weights[i] = rng_below(rng, 4) ? rng_normal(rng) : 0.0f;
+}
+
+/* Either all scores are NaN, or those of the keys from nan_keys on. */
+static void check_nan_rows(const struct nan_case *c, int all_nan, int nan_keys, const char *what) {
+    int wrong = 0;
+    for (int i = 0; i < c->n_query; i++)
+        for (int j = all_nan ? 0 : nan_keys; j < c->n_key; j++) {
+            int at = i * c->n_key + j;
+            wrong += !isnan(c->values[at]) || c->indices[at] != j;
         }
-        answers_free(&answers, &s);
-        scenario_free(&s);
+    for (int i = 0; i < c->n_query && !all_nan; i++)
+        for (int j = 0; j < nan_keys; j++)
+            wrong += isnan(c->values[i * c->n_key + j]);
+    CHECK(wrong == 0, "%s: %d slots are wrong", what, wrong);
+}
+
+static void check_nan_everywhere(struct kernel *kernel, int is_bf16, int head_dim) {
+    enum { HEADS = 5, CLEAN = 7 };
+    uint16_t nan = is_bf16 ? 0x7FC1 : 0x7E01;
+    struct rng rng = rng_seed(3);
+    struct nan_case c = {HEADS * head_dim, HEADS, head_dim, CLEAN + head_dim, NULL, NULL, NULL,
+                         NULL, NULL};
+    size_t rows = (size_t)c.n_query, keys = (size_t)c.n_key, dim = (size_t)head_dim;
+    c.query = malloc(rows * HEADS * dim * 2);
+    c.key = malloc(keys * dim * 2);
+    c.weights = malloc(rows * HEADS * 4);
+    c.indices = malloc(rows * keys * 4);
+    c.values = malloc(rows * keys * 4);
+    char what[TEXT];
+    for (int place = 0; place < 3; place++) {
+        static const char *const name[] = {"query", "key", "weights"};
+        int n_query = c.n_query;
+        fill_nan_case(&c, &rng, is_bf16);
+        if (place == 0) /* row i has it at place i of its heads */
+            for (int i = 0; i < c.n_query; i++)
+                c.query[i * HEADS * head_dim + i] = nan;
+        if (place == 1) /* the keys behind the clean ones */
+            for (int j = 0; j < head_dim; j++)
+                c.key[(CLEAN + j) * head_dim + j] = nan;
+        if (place == 2) {
+            for (int i = 0; i < HEADS; i++)
+                c.weights[i * HEADS + i] = NAN;
+            c.n_query = HEADS;
+        }
+        run_nan_case(&c, kernel, is_bf16);
+        snprintf(what, sizeof what, "%s, %s, D %d, NaN in every place of %s", kernel->name,
+                 is_bf16 ? "bf16" : "fp16", head_dim, name[place]);
+        check_nan_rows(&c, place != 1, CLEAN, what);
+        c.n_query = n_query;
     }
+    free(c.query);
+    free(c.key);
+    free(c.weights);
+    free(c.indices);
+    free(c.values);
 }
 
 int main(int argc, char **argv) {
     const char *cases_text = getenv("LIDX_TEST_CASES"), *only = NULL;
-    long cases = cases_text ? atol(cases_text) : 2000, first = 0, environment = 1;
+    long cases = cases_text ? atol(cases_text) : 2000, first = 0;
     for (int i = 1; i + 1 < argc; i += 2) {
         if (strcmp(argv[i], "--cases") == 0)
             cases = atol(argv[i + 1]);
@@ -245,13 +276,12 @@ int main(int argc, char **argv) {
             first = atol(argv[i + 1]);
         else if (strcmp(argv[i], "--kernel") == 0)
             only = argv[i + 1];
-        else if (strcmp(argv[i], "--environment") == 0)
-            environment = atol(argv[i + 1]);
     }
     find_kernels(only);
     check_broadcast();
-    if (environment)
-        check_float_environment();
+    for (int i = 0; i < n_kernels; i++)
+        for (int type = 0; type < 4; type++)
+            check_nan_everywhere(&kernels[i], type & 1, type & 2 ? 64 : 128);
     for (long number = first; number < first + cases; number++)
         run_trial(number);
     for (int i = 0; i < n_kernels; i++) {
