@@ -46,17 +46,7 @@ class Operator:
 
     def __init__(self, lib, threads, kernel):
         self.lib = lib
-        self.handle = ctypes.c_void_p()
-
-        class Options(ctypes.Structure):
-            _fields_ = [
-                ("size", ctypes.c_size_t),
-                ("n_threads", ctypes.c_int32),
-                ("kernel", ctypes.c_char_p),
-            ]
-
-        wanted = Options(ctypes.sizeof(Options), threads, kernel.encode() if kernel else None)
-        lib.check(lib.library.lidx_create(ctypes.byref(self.handle), ctypes.byref(wanted)))
+        self.handle = lib.create(threads, kernel)
 
     def tensor(self, data):
         import torch

@@ -17,6 +17,7 @@ that is linked with bench/count_cycles.c also reports how busy the tensor cores 
 import argparse
 import ctypes
 import json
+import os
 import statistics
 import sys
 
@@ -27,110 +28,60 @@ FLUSH_BYTES = 256 << 20
 SECTIONS = ("prefill", "variants", "decode")
 
 
-class Device(ctypes.Structure):
-    _fields_ = [("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32)]
+CAUSAL = 3
 
 
-class DType(ctypes.Structure):
-    _fields_ = [("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16)]
+def load(path):
+    """The Python package's view of the library at `path`: its structs and functions."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path.insert(0, os.path.join(here, "..", "bindings", "python"))
+    os.environ.update(LIDX_TORCH="0", LIDX_LIBRARY=os.path.abspath(path))
+    from lightning_indexer import _library
 
-
-class Tensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("device", Device),
-        ("ndim", ctypes.c_int32),
-        ("dtype", DType),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    ]
-
-
-TENSOR = ctypes.POINTER(Tensor)
-
-
-class Args(ctypes.Structure):
-    _fields_ = [
-        ("size", ctypes.c_size_t),
-        ("query", TENSOR),
-        ("key", TENSOR),
-        ("weights", TENSOR),
-        ("actual_seq_lengths_query", TENSOR),
-        ("actual_seq_lengths_key", TENSOR),
-        ("block_table", TENSOR),
-        ("layout_query", ctypes.c_int32),
-        ("layout_key", ctypes.c_int32),
-        ("sparse_count", ctypes.c_int32),
-        ("sparse_mode", ctypes.c_int32),
-        ("sparse_indices", TENSOR),
-        ("sparse_values", TENSOR),
-        ("stream", ctypes.c_void_p),
-        ("workspace", ctypes.c_void_p),
-        ("workspace_size", ctypes.c_size_t),
-        ("error_word", ctypes.c_void_p),
-    ]
-
-
-class Options(ctypes.Structure):
-    _fields_ = [
-        ("size", ctypes.c_size_t),
-        ("n_threads", ctypes.c_int32),
-        ("kernel", ctypes.c_char_p),
-    ]
-
-
-CODES = {torch.bfloat16: (4, 16), torch.float16: (2, 16), torch.float32: (2, 32),
-         torch.int32: (0, 32)}
-BSND, PA_BSND, CAUSAL = 0, 2, 3
-
-
-def describe(tensor):
-    """A struct lidx_tensor that keeps what it points at alive."""
-    code, bits = CODES[tensor.dtype]
-    shape = (ctypes.c_int64 * tensor.dim())(*tensor.shape)
-    described = Tensor(tensor.data_ptr(), Device(2, tensor.device.index or 0), tensor.dim(),
-                       DType(code, bits, 1), shape, None, 0)
-    described.owner = (tensor, shape)
-    return described
+    return _library
 
 
 class Library:
     def __init__(self, path):
-        self.dll = ctypes.CDLL(path)
-        self.dll.lidx_last_error.restype = ctypes.c_char_p
+        self.lib = load(path)
+        self.dll = self.lib.library
         self.contexts = {}
-
-    def check(self, status):
-        if status:
-            raise RuntimeError(self.dll.lidx_last_error().decode())
 
     def context(self, kernel):
         if kernel not in self.contexts:
-            options = Options(ctypes.sizeof(Options), 0, kernel.encode() if kernel else None)
-            context = ctypes.c_void_p()
-            self.check(self.dll.lidx_create(ctypes.byref(context), ctypes.byref(options)))
-            self.contexts[kernel] = context
+            self.contexts[kernel] = self.lib.create(kernel=kernel)
         return self.contexts[kernel]
+
+    def describe(self, tensor):
+        """A struct lidx_tensor that keeps what it points at alive."""
+        lib = self.lib
+        code, bits = {torch.bfloat16: (lib.BFLOAT, 16), torch.float16: (lib.FLOAT, 16),
+                      torch.float32: (lib.FLOAT, 32), torch.int32: (lib.INT, 32)}[tensor.dtype]
+        shape = (ctypes.c_int64 * tensor.dim())(*tensor.shape)
+        described = lib.Tensor(tensor.data_ptr(), lib.Device(lib.CUDA, tensor.device.index or 0),
+                               tensor.dim(), lib.Dtype(code, bits, 1), shape, None, 0)
+        described.owner = (tensor, shape)
+        return described
 
     def runner(self, problem, kernel=None):
         """A function that enqueues one run, and the bytes of workspace it has."""
         context = self.context(kernel)
-        tensors = {name: describe(t) for name, t in problem.tensors.items()}
-        args = Args(size=ctypes.sizeof(Args), layout_query=BSND,
-                    layout_key=PA_BSND if "block_table" in tensors else BSND, sparse_count=TOP_K,
-                    sparse_mode=CAUSAL)
+        tensors = {name: self.describe(t) for name, t in problem.tensors.items()}
+        Args, layouts = self.lib.Args, self.lib.LAYOUTS
+        args = Args(size=ctypes.sizeof(Args), layout_query=layouts["BSND"],
+                    layout_key=layouts["PA_BSND" if "block_table" in tensors else "BSND"],
+                    sparse_count=TOP_K, sparse_mode=CAUSAL)
         for name, tensor in tensors.items():
             setattr(args, name, ctypes.pointer(tensor))
         size = ctypes.c_size_t()
-        self.check(self.dll.lidx_workspace_size(context, ctypes.byref(args), ctypes.byref(size)))
+        self.lib.check(self.dll.lidx_workspace_size(context, ctypes.byref(args), ctypes.byref(size)))
         workspace = torch.empty(size.value + 256, dtype=torch.uint8, device="cuda")
         args.workspace = (workspace.data_ptr() + 255) // 256 * 256
         args.workspace_size = size.value
         args.stream = torch.cuda.current_stream().cuda_stream
 
         def run():
-            self.check(self.dll.lidx_run(context, ctypes.byref(args)))
+            self.lib.check(self.dll.lidx_run(context, ctypes.byref(args)))
 
         run.owner = (tensors, workspace, args)
         return run, size.value

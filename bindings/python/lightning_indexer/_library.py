@@ -125,19 +125,27 @@ def check(status):
         raise RuntimeError(library.lidx_last_error().decode())
 
 
+def create(n_threads=0, kernel=None):
+    """A new lidx_context; lidx_destroy frees it."""
+    handle = ctypes.c_void_p()
+    name = kernel.encode() if kernel else None
+    options = Options(size=ctypes.sizeof(Options), n_threads=n_threads, kernel=name)
+    check(library.lidx_create(ctypes.byref(handle), ctypes.byref(options)))
+    return handle
+
+
 _first_process = os.getpid()
 
 
 class _Context:
     """A lidx_context; it is freed with the thread that owns it."""
 
+    handle = None
+
     def __init__(self):
-        self.handle = ctypes.c_void_p()
         self.process = os.getpid()
-        options = Options(size=ctypes.sizeof(Options))
         # OpenMP's threads do not survive a fork, so a forked child works on one.
-        options.n_threads = 0 if self.process == _first_process else 1
-        check(library.lidx_create(ctypes.byref(self.handle), ctypes.byref(options)))
+        self.handle = create(0 if self.process == _first_process else 1)
 
     def __del__(self):
         if self.handle and self.process == os.getpid():
