@@ -187,8 +187,8 @@ stage_tsan() {
 }
 
 run_valgrind() {
-    build "$work/plain" "test_operator test_arguments" -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS=-g || return
-    for test in "test_operator --cases $valgrind_cases" test_arguments; do
+    build "$work/plain" "test_operator test_arguments test_context" -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS=-g || return
+    for test in "test_operator --cases $valgrind_cases" test_arguments test_context; do
         # shellcheck disable=SC2086 # a program and its arguments
         valgrind -q --error-exitcode=9 --leak-check=full --show-leak-kinds=definite \
             --errors-for-leak-kinds=definite \
@@ -235,7 +235,7 @@ stage_reproduce() {
 }
 
 run_cases() {
-    build "$work/plain" "test_operator test_arguments" -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS=-g &&
+    build "$work/plain" "test_operator test_arguments test_context" -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS=-g &&
         "$work/plain/tests/test_operator" --cases "$cases"
 }
 
