@@ -9,7 +9,9 @@ Every time is the median of CUDA-event times of whole runs (scores and ordered t
 read between them so that nothing of theirs is left in L2, and no written lines whose way to memory
 would be charged to the next run. Floors: R is the rate of an 8192^3 bf16 matrix
 product (cuBLAS through torch), C that of a device copy, counting bytes read and written. The floor
-of a prefill is its visible pairs' products at R, of a decode step its keys' bytes at C.
+of a prefill is its visible pairs' products at R, of a decode step its keys' bytes at C. The clock
+follows the power limit and changes within seconds, so what is compared is measured in turns: the
+product or copy, then the run, again and again; each row has the R or C of its own repeats.
 
 The library is called through ctypes, torch only provides memory, events and the comparisons. One
 that is linked with bench/count_cycles.c also reports how busy the tensor cores are.
@@ -26,9 +28,18 @@ import torch
 TOP_K = 2048
 FLUSH_BYTES = 256 << 20
 SECTIONS = ("prefill", "variants", "decode")
-
-
 CAUSAL = 3
+
+# Microseconds of DeepGEMM 2.6.1 fp8_mqa_logits or fp8_paged_mqa_logits (fp8 elements, no top-k) and
+# FlashInfer's top-k (no order, not deterministic) on its logits, together, and the bound on ours,
+# in bf16 and with the order. Measured earlier on another H100 SXM 80 GB, medians of 15 with L2
+# flushed; not measured in this run.
+OTHERS = {"prefill 2048 x 8192": (367, None), "prefill 8192 x 8192": (881, 1.2),
+          "prefill 2048 x 65536": (2471, 1.2), "prefill 8192 x 65536": (10238, 1.2),
+          "decode 1 x 8192": (19, 1), "decode 1 x 131072": (58, 1), "decode 8 x 65536": (73, 1),
+          "decode 64 x 8192": (51, None), "decode 64 x 65536": (254, None),
+          "decode 64 x 65536 next_n 2": (269, None), "decode 256 x 16384": (246, None),
+          "decode 128 x 65536": (484, None)}
 
 
 def load(path):
@@ -74,7 +85,8 @@ class Library:
         for name, tensor in tensors.items():
             setattr(args, name, ctypes.pointer(tensor))
         size = ctypes.c_size_t()
-        self.lib.check(self.dll.lidx_workspace_size(context, ctypes.byref(args), ctypes.byref(size)))
+        self.lib.check(self.dll.lidx_workspace_size(context, ctypes.byref(args),
+                                                    ctypes.byref(size)))
         workspace = torch.empty(size.value + 256, dtype=torch.uint8, device="cuda")
         args.workspace = (workspace.data_ptr() + 255) // 256 * 256
         args.workspace_size = size.value
@@ -88,10 +100,12 @@ class Library:
 
 
 class Prefill:
+    rate = "R"
+
     def __init__(self, n_query, n_key, n_heads=64, dtype=torch.bfloat16, head_dim=128):
         self.name = f"prefill {n_query} x {n_key}"
         self.pairs = sum(n_key - n_query + i + 1 for i in range(n_query))
-        self.flops = 2 * self.pairs * n_heads * head_dim
+        self.work = 2 * self.pairs * n_heads * head_dim
         self.n_heads, self.head_dim = n_heads, head_dim
         self.tensors = {
             "query": torch.randn(1, n_query, n_heads, head_dim, device="cuda", dtype=dtype),
@@ -100,14 +114,13 @@ class Prefill:
             "sparse_indices": torch.empty(1, n_query, 1, TOP_K, device="cuda", dtype=torch.int32),
         }
 
-    def floor(self, rates):
-        return self.flops / rates["R"]
-
 
 class Decode:
+    rate = "C"
+
     def __init__(self, n_batch, n_key, next_n=1, n_heads=64, page=64, dtype=torch.bfloat16):
         self.name = f"decode {n_batch} x {n_key}" + (f" next_n {next_n}" if next_n > 1 else "")
-        self.key_bytes = n_batch * n_key * 128 * 2
+        self.work = n_batch * n_key * 128 * 2
         width = n_key // page
         table = torch.randperm(n_batch * width, device="cuda").to(torch.int32)
         keys = torch.empty(n_batch * width, page, 1, 128, device="cuda", dtype=dtype)
@@ -124,37 +137,51 @@ class Decode:
                                           dtype=torch.int32),
         }
 
-    def floor(self, rates):
-        return self.key_bytes / rates["C"]
 
-
-def median_seconds(run, repeats, flush):
-    """The flush before each run is longer than enqueueing it, so no gap of the host's is timed."""
-    for _ in range(2):
+def medians(runs, repeats, flush):
+    """Seconds of each of several functions, in turns. The flush before each run is longer than
+    enqueueing it, so no gap of the host's is timed."""
+    times = [[] for _ in runs]
+    for run in runs:
         run()
-    times = []
+        run()
     for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.sum()
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3)
-    return statistics.median(times)
+        for run, mine in zip(runs, times):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.sum()
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            mine.append(start.elapsed_time(end) * 1e-3)
+    return [statistics.median(mine) for mine in times]
 
 
-def measure_rates(flush):
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    b = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    for _ in range(20):
-        a @ b
-    return {
-        "R": 2 * 8192**3 / median_seconds(lambda: a @ b, 15, flush),
-        "C": 2 * source.numel() / median_seconds(lambda: target.copy_(source), 15, flush),
-    }
+class Yardstick:
+    """What the chip can do: a matrix product and a copy."""
+
+    def __init__(self):
+        n = 8192
+        self.a, self.b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        self.source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+        self.target = torch.empty_like(self.source)
+        self.flops, self.bytes = 2 * n**3, 2 * self.source.numel()
+
+    def product(self):
+        self.a @ self.b
+
+    def copy(self):
+        self.target.copy_(self.source)
+
+    def reference(self, rate):
+        """What measures R or C, and how many operations or bytes it takes."""
+        return (self.product, self.flops) if rate == "R" else (self.copy, self.bytes)
+
+    def rates(self, flush):
+        for _ in range(20):
+            self.product()
+        product, copy = medians([self.product, self.copy], 15, flush)
+        return {"R": self.flops / product, "C": self.bytes / copy}
 
 
 def split_seconds(run, flush):
@@ -218,8 +245,9 @@ def busy(library, problem, kernel):
 
 
 class Report:
-    def __init__(self, library, rates, flush, options):
-        self.library, self.rates, self.flush = library, rates, flush
+    def __init__(self, library, yardstick, flush, options):
+        self.library, self.yardstick, self.flush = library, yardstick, flush
+        self.rates = yardstick.rates(flush)
         self.only, self.quick, self.kernel = options.only, options.quick, options.kernel
         self.path = options.json
         self.rows = []
@@ -239,11 +267,14 @@ class Report:
         if not self.wants(name):
             return None
         run, workspace = self.library.runner(problem, kernel or self.kernel)
-        seconds = median_seconds(run, 5 if self.quick else repeats, self.flush)
-        floor = problem.floor(self.rates)
+        reference, amount = self.yardstick.reference(problem.rate)
+        reference_s, seconds = medians([reference, run], 5 if self.quick else repeats, self.flush)
+        rate = amount / reference_s
+        floor = problem.work / rate
         value = seconds if absolute else seconds / floor
         row = {"case": name, "us": seconds * 1e6, "floor_us": floor * 1e6,
-               "times_floor": seconds / floor, "must": must, "aim": aim, "absolute": absolute,
+               "times_floor": seconds / floor, problem.rate: rate, "must": must, "aim": aim,
+               "absolute": absolute,
                "met": None if must is None else value <= must,
                "aim_met": None if aim is None else value <= aim,
                "workspace_mib": workspace / 2**20}
@@ -252,6 +283,10 @@ class Report:
         self.rows.append(row)
         self.save()
         self.show(row)
+        if name in OTHERS and kernel is None:
+            others_us, bound = OTHERS[name]
+            self.ratio(f"{name}: ours / DeepGEMM + FlashInfer ({others_us} us, earlier, fp8)",
+                       seconds * 1e6 / others_us, bound)
         return row
 
     def show(self, row):
@@ -261,9 +296,10 @@ class Report:
         verdict = {None: "", True: "ok", False: "MISSED"}[row["met"]]
         if row["met"] and row["aim_met"]:
             verdict = "ok, aim too"
+        rate = "  ".join(f"{name} {row[name] * 1e-12:.4g}" for name in ("R", "C") if name in row)
         parts = " + ".join(f"{row[k]:.1f}" for k in ("scores_us", "selection_us") if k in row)
         print(f"{row['case']:38s} {row['us']:10.1f} us  floor {row['floor_us']:9.1f}  "
-              f"{row['times_floor']:6.3f} x  [{parts}]  {bounds} {verdict}", flush=True)
+              f"{row['times_floor']:6.3f} x  {rate}  [{parts}]  {bounds} {verdict}", flush=True)
 
     def ratio(self, name, value, must, aim=None, more_is_better=False):
         """`must` None: reported, not judged."""
@@ -301,21 +337,33 @@ def run_prefill(report):
             must_busy = 0.97 if n_key == 65536 else None
             report.ratio(f"{problem.name}: tensor cores busy", share, must_busy,
                          more_is_better=True)
-        torch_us = median_seconds(eager(problem), 3, report.flush) * 1e6
+        torch_us = medians([eager(problem)], 3, report.flush)[0] * 1e6
         report.ratio(f"{problem.name}: torch eager / ours", torch_us / row["us"], 8, 10, True)
         torch.cuda.empty_cache()
 
 
 def run_variants(report):
-    base = report.add(Prefill(2048, 65536), 1.15, 1.08, label=", bf16", repeats=11)
-    half = report.add(Prefill(2048, 65536, dtype=torch.float16), 1.15, 1.08, label=", fp16",
-                      repeats=11)
-    if base and half:
-        report.ratio("prefill 2048 x 65536: fp16 / bf16", half["us"] / base["us"], 1.03)
+    for dtype, label in ((torch.bfloat16, ", bf16"), (torch.float16, ", fp16")):
+        report.add(Prefill(2048, 65536, dtype=dtype), 1.15, 1.08, label=label, repeats=11)
+    compare_types(report)
     report.add(Prefill(2048, 65536, n_heads=32), 1.2, label=", 32 heads", repeats=11)
     report.add(Prefill(8192, 8192, n_heads=32), label=", 32 heads")
     report.add(Prefill(2048, 65536, n_heads=16), label=", 16 heads", repeats=11)
     report.add(Prefill(2048, 65536, head_dim=64), label=", D 64", repeats=11)
+
+
+def compare_types(report):
+    """fp16 against bf16 in turns, ours and cuBLAS's: the multipliers of fp16 draw more power."""
+    name = "prefill 2048 x 65536: fp16 / bf16"
+    if not report.wants(name):
+        return
+    runs = [report.library.runner(Prefill(2048, 65536, dtype=dtype), report.kernel)[0]
+            for dtype in (torch.bfloat16, torch.float16)]
+    a, b = (x.to(torch.float16) for x in (report.yardstick.a, report.yardstick.b))
+    bf16, fp16, product, product16 = medians(runs + [report.yardstick.product, lambda: a @ b], 15,
+                                             report.flush)
+    report.ratio(name, fp16 / bf16, 1.03)
+    report.ratio("matrix product of cuBLAS: fp16 / bf16", product16 / product, None)
 
 
 def run_decode(report):
@@ -377,15 +425,15 @@ def main():
         return
     torch.manual_seed(0)
     flush = torch.zeros(FLUSH_BYTES // 4, device="cuda")
-    rates = measure_rates(flush)
+    report = Report(Library(options.library), Yardstick(), flush, options)
+    rates = report.rates
     print(f"{torch.cuda.get_device_name()}: bf16 matrix product {rates['R'] * 1e-12:.0f} TFLOP/s, "
           f"device copy {rates['C'] * 1e-12:.2f} TB/s", flush=True)
-    report = Report(Library(options.library), rates, flush, options)
     runs = {"prefill": run_prefill, "variants": run_variants, "decode": run_decode}
     for section in SECTIONS:
         if options.section in (None, section):
             runs[section](report)
-    after = measure_rates(flush)
+    after = report.yardstick.rates(flush)
     print(f"at the end: {after['R'] * 1e-12:.0f} TFLOP/s, {after['C'] * 1e-12:.2f} TB/s")
     print(summary(report.rows))
 

@@ -49,21 +49,23 @@ configure() {
         cmake --build "$build/cmake" --parallel "$(nproc)"
 }
 
-# The test links the static library; the benchmark's shared library adds the cycle counter's door.
+# The tests link the static library; the benchmark's shared library adds the cycle counter's door.
 link_programs() {
-    local cuda flags archive
+    local cuda flags archive test
     cuda=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
     for cuda in "${CUDA_HOME:-}" "$cuda" /usr/local/cuda; do
         [ -f "$cuda/include/cuda_runtime_api.h" ] && break
     done
     flags="-L$cuda/lib64 -L$cuda/targets/x86_64-linux/lib -lcudart_static -ldl -lrt -lpthread -lm"
     archive=$build/cmake/liblightning_indexer_static.a
-    cc -std=c11 -O2 -fopenmp -I"$root/include" -I"$cuda/include" "$root/tests/test_cuda.c" \
-        "$root"/tests/{scenario,rendering,answers,oracle,truth}.c "$archive" $flags \
-        -o "$build/test_cuda" &&
-        cc -std=c11 -O2 -fPIC -fopenmp -shared "$root/bench/count_cycles.c" \
-            -Wl,--whole-archive "$archive" -Wl,--no-whole-archive $flags \
-            -o "$build/libbench.so"
+    for test in $cuda_tests; do
+        cc -std=c11 -O2 -fopenmp -I"$root/include" -I"$cuda/include" "$root/tests/$test.c" \
+            "$root"/tests/{cuda_device,cuda_problem}.c \
+            "$root"/tests/{scenario,rendering,answers,oracle,truth}.c "$archive" $flags \
+            -o "$build/$test" || return 1
+    done
+    cc -std=c11 -O2 -fPIC -fopenmp -shared "$root/bench/count_cycles.c" \
+        -Wl,--whole-archive "$archive" -Wl,--no-whole-archive $flags -o "$build/libbench.so"
 }
 
 # The selection alone: every row against a sort.
@@ -72,17 +74,22 @@ select_check() {
         "$root/src/cuda/topk.cu" -o "$build/test_topk" && "$build/test_topk" check
 }
 
-# Both kernels at once, each in a process of its own: a fault ends only that.
+# All tests and both kernels at once, each in a process of its own: a fault ends only that.
 correctness() {
-    local kernel code=0
-    for kernel in smxx sm90; do
-        timeout 140 "$build/test_cuda" --kernel $kernel > "$build/test_$kernel.txt" 2>&1 &
+    local kernel test text code=0
+    for test in $cuda_tests; do
+        for kernel in smxx sm90; do
+            timeout 140 "$build/$test" --kernel $kernel > "$build/${test}_$kernel.txt" 2>&1 &
+        done
     done
     wait
-    for kernel in smxx sm90; do
-        printf '%s:\n' $kernel
-        tail -n 14 "$build/test_$kernel.txt"
-        tail -n 1 "$build/test_$kernel.txt" | grep -q ' passed, 0 failed$' || code=1
+    for test in $cuda_tests; do
+        for kernel in smxx sm90; do
+            text=$build/${test}_$kernel.txt
+            printf '%s, %s:\n' $test $kernel
+            tail -n 6 "$text" | sed 's/^/    /'
+            tail -n 1 "$text" | grep -q ' passed, 0 failed$' || code=1
+        done
     done
     return $code
 }
@@ -92,30 +99,47 @@ correctness() {
 # test has written the workspace: the selection reads scores in whole vectors and drops those past
 # a row's end, which nobody wrote.
 sanitize() {
-    local tool kernel barriers code=0 text
+    local tool kernel test barriers text code=0
     for tool in memcheck racecheck synccheck initcheck; do
         barriers=
         case $tool in racecheck | synccheck) barriers="--num-cuda-barriers 65536" ;; esac
         for kernel in smxx sm90; do
-            timeout 100 compute-sanitizer --tool $tool $barriers --print-limit 3 \
-                "$build/test_cuda" --kernel $kernel --exact --sanitizer \
-                > "$build/${tool}_$kernel.txt" 2>&1 &
+            for test in test_cuda test_cuda_repeats test_cuda_hostile; do
+                timeout 100 compute-sanitizer --tool $tool $barriers --print-limit 3 \
+                    "$build/$test" --kernel $kernel --exact --sanitizer \
+                    > "$build/${tool}_${test}_$kernel.txt" 2>&1 &
+            done
         done
     done
     wait
     for tool in memcheck racecheck synccheck initcheck; do
         for kernel in smxx sm90; do
-            text=$build/${tool}_$kernel.txt
-            printf '%s, %s: ' $tool $kernel
-            grep -E ' passed, |SUMMARY' "$text" | tail -n 2 | tr '\n' ' '
-            printf '\n'
-            grep -E '=== +[A-Z]' "$text" | grep -vE 'SUMMARY|COMPUTE-SAN|Host|Saved' | cut -c1-150 |
-                sort | uniq -c | sort -rn | head -n 3
-            grep -qE ' passed, 0 failed' "$text" &&
-                grep -qE 'SUMMARY: 0 (errors|hazards)' "$text" || code=1
+            for test in test_cuda test_cuda_repeats test_cuda_hostile; do
+                text=$build/${tool}_${test}_$kernel.txt
+                printf '%s, %s, %s: ' $tool $test $kernel
+                grep -E '^[0-9]+ passed, |SUMMARY' "$text" | tail -n 2 | tr '\n' ' '
+                printf '\n'
+                grep -E '=== +[A-Z]' "$text" | grep -vE 'SUMMARY|COMPUTE-SAN|Host|Saved' |
+                    cut -c1-150 | sort | uniq -c | sort -rn | head -n 3
+                grep -qE ' passed, 0 failed' "$text" &&
+                    grep -qE 'SUMMARY: 0 (errors|hazards)' "$text" || code=1
+            done
         done
     done
     return $code
+}
+
+# The Python package as installed, against the library just built; nothing to do without torch.
+torch_tests() {
+    if ! python3 -c 'import pytest, torch'; then
+        printf 'no torch or no pytest: left out\n'
+        return 0
+    fi
+    cmake -S "$root" -B "$build/cmake" -DLIDX_PYTHON=ON > /dev/null &&
+        cmake --build "$build/cmake" --parallel "$(nproc)" > /dev/null &&
+        cmake --install "$build/cmake" --prefix "$build/site" --component python > /dev/null &&
+        cd "$root" && PYTHONPATH=$build/site \
+        python3 -m pytest -q -p no:cacheprovider tests/test_torch_cuda.py
 }
 
 # One section of the table, in a process of its own: a fault ends only that. What fails with the
@@ -128,14 +152,16 @@ bench_section() {
         --kernel smxx --json "$build/bench_${1}_smxx.json"
     return 1
 }
-export -f configure link_programs select_check correctness sanitize bench_section
-export root build results
+export -f configure link_programs select_check correctness sanitize torch_tests bench_section
+cuda_tests='test_cuda test_cuda_repeats test_cuda_hostile test_cuda_full'
+export root build results cuda_tests
 
 step build 240 bash -c configure
 step link 60 bash -c link_programs
 shown=4 step selection 60 bash -c select_check
-shown=30 step correctness 150 bash -c correctness
-shown=32 step sanitizer 110 bash -c sanitize
+shown=50 step correctness 150 bash -c correctness
+shown=60 step sanitizer 210 bash -c sanitize
+shown=6 step torch 120 bash -c torch_tests
 for section in prefill variants decode; do
     shown=40 step "benchmark $section" 80 bash -c "bench_section $section"
 done
