@@ -51,6 +51,16 @@ def test_numpy_arrays():
     assert numpy.allclose(values, true, rtol=1e-4, atol=1e-4)
 
 
+def test_none_is_the_default_of_every_option():
+    arrays = arguments(n_query=1)
+    shortest = lightning_indexer.lightning_indexer(*arrays)
+    assert shortest.shape == (2, 1, 1, 2048)
+    options = dict(layout_query="BSND", layout_key="BSND", sparse_count=2048, sparse_mode=3)
+    spelled = lightning_indexer.lightning_indexer(*arrays, **options)
+    nothing = lightning_indexer.lightning_indexer(*arrays, **dict.fromkeys(options))
+    assert (shortest == spelled).all() and (shortest == nothing).all()
+
+
 def test_bfloat16_through_ml_dtypes():
     arrays = arguments(needs("ml_dtypes").bfloat16)
     check(arrays, lightning_indexer.lightning_indexer(*arrays, sparse_count=16))

@@ -90,6 +90,11 @@ def test_python_function_is_the_operator():
     again, values = lightning_indexer.lightning_indexer(*arguments, **case.options, return_values=True)
     assert torch.equal(again, indices)
     case.check(again, values)
+    options = dict.fromkeys(case.options)
+    case = Case(lists=False, query_lengths=(4, 4), key_lengths=(40, 40), sparse_count=2048)
+    indices, values = lightning_indexer.lightning_indexer(*case.tensors, **options, return_values=True)
+    assert torch.equal(indices, PAGE(*case.page_args()))
+    case.check(indices, values)
 
 
 def test_empty_tensors():
