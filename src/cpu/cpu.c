@@ -10,7 +10,6 @@
 
 #ifdef _OPENMP
 #include <omp.h>
-#include <pthread.h>
 #endif
 
 #include "../backend.h"
@@ -153,6 +152,20 @@ static const void *key_block_at(const struct problem *p, const struct extent *e,
     return offset(p->key, page * p->key_batch_stride + key % p->page_size * row_bytes);
 }
 
+/* The scores of a row's entries, then -inf. */
+static void write_values(void *values, int dtype, const uint64_t *entry, int n, int top_k) {
+    if (dtype == DTYPE_F32) { /* without a branch an element */
+        float *to = values;
+        for (int i = 0; i < n; i++)
+            to[i] = lidx_topk_score(entry[i]);
+    } else {
+        for (int i = 0; i < n; i++)
+            lidx_store(values, i, dtype, lidx_topk_score(entry[i]));
+    }
+    for (int i = n; i < top_k; i++)
+        lidx_store(values, i, dtype, -__builtin_inff());
+}
+
 /* Writes a row: the sorted entries, then -1 and -inf. */
 static void write_row(const struct problem *p, int64_t batch, int64_t row, const uint64_t *entry,
                       int n) {
@@ -161,14 +174,10 @@ static void write_row(const struct problem *p, int64_t batch, int64_t row, const
     for (int i = 0; i < n; i++)
         indices[i] = lidx_topk_position(entry[i]);
     memset(indices + n, 0xFF, sizeof *indices * (size_t)(p->top_k - n)); /* -1 */
-    if (!p->values)
-        return;
-    void *values = (unsigned char *)p->values + batch * p->values_batch_stride +
-                   row * p->top_k * lidx_dtype_bytes(p->values_dtype);
-    for (int i = 0; i < n; i++)
-        lidx_store(values, i, p->values_dtype, lidx_topk_score(entry[i]));
-    for (int i = n; i < p->top_k; i++)
-        lidx_store(values, i, p->values_dtype, -__builtin_inff());
+    if (p->values)
+        write_values((unsigned char *)p->values + batch * p->values_batch_stride +
+                         row * p->top_k * lidx_dtype_bytes(p->values_dtype),
+                     p->values_dtype, entry, n, p->top_k);
 }
 
 /* Rows of a batch past its real length. */
@@ -387,30 +396,35 @@ static int is_last(struct worker *w, const struct plan_item *block, int n_pieces
 }
 
 /* Takes pieces of a cut block in a row: half of an equal share of those that are left, so that
- * runs are long at first and short in the end. Returns how many. */
-static int take_run(const struct worker *w, const struct plan_item *block, int32_t *first) {
+ * runs are long at first and short in the end, but never so many that others could end long before
+ * this worker. Returns how many. */
+static int take_run(const struct worker *w, const struct plan_item *block, int sharers,
+                    int32_t *first) {
     _Atomic int32_t *taken = &split_of(w, block)->taken;
+    int64_t most = w->run->plan.n_items / (8 * (int64_t)w->run->cpu->n_workers);
     int32_t n;
     *first = atomic_load_explicit(taken, memory_order_relaxed);
     do {
         int32_t left = block->n_pieces - *first;
         if (left <= 0)
             return 0;
-        n = left / (2 * w->run->cpu->n_workers);
-        n = n ? n : 1;
+        n = left / (2 * sharers);
+        n = n > most ? (int32_t)most : n;
+        n = n > 1 ? n : 1;
     } while (!atomic_compare_exchange_weak_explicit(taken, first, *first + n, memory_order_relaxed,
                                                     memory_order_relaxed));
     return n;
 }
 
-/* Takes pieces of a cut block, whose first item is `first`, as long as there are any. Nobody waits:
- * the worker that is done last brings the selections together. */
+/* Takes pieces of a cut block, whose first item is `first`, as long as there are any; about
+ * `sharers` workers are to be expected there. Nobody waits: the worker that is done last brings the
+ * selections together. */
 static void take_pieces(struct worker *w, struct plan_cursor *cursor, int64_t first,
-                        const struct plan_item *block) {
+                        const struct plan_item *block, int sharers) {
     int64_t n_keys = 0;
     int n_pieces = 0, n;
     int32_t piece;
-    while ((n = take_run(w, block, &piece)) > 0) {
+    while ((n = take_run(w, block, sharers, &piece)) > 0) {
         struct plan_item item, last;
         lidx_plan_seek(cursor, first + piece, &item);
         lidx_plan_seek(cursor, first + piece + n - 1, &last);
@@ -448,6 +462,7 @@ static void assign_memory(struct worker *w, struct run *run, int index) {
 static void take_blocks(struct worker *w) {
     struct run *run = w->run;
     struct plan_cursor cursor;
+    int sharers = run->cpu->n_workers / (int)(run->plan.n_splits ? run->plan.n_splits : 1);
     int64_t i = atomic_load_explicit(&run->next_item, memory_order_relaxed);
     lidx_plan_start(&cursor, &run->plan);
     while (i < run->plan.n_items) {
@@ -457,7 +472,7 @@ static void take_blocks(struct worker *w) {
                                                    memory_order_relaxed, memory_order_relaxed))
             continue;
         if (block.n_pieces > 1) {
-            take_pieces(w, &cursor, i, &block);
+            take_pieces(w, &cursor, i, &block, sharers ? sharers : 1);
         } else {
             load_rows(w, &block);
             score_item(w, &block);
@@ -496,7 +511,7 @@ static void help_others(struct worker *w) {
         struct plan_item block;
         lidx_plan_start(&cursor, &w->run->plan);
         lidx_plan_seek(&cursor, first, &block);
-        take_pieces(w, &cursor, first, &block);
+        take_pieces(w, &cursor, first, &block, w->run->cpu->n_workers);
     }
 }
 
@@ -539,38 +554,6 @@ static void prepare_run(struct run *run, const struct cpu *cpu, const struct pro
     memset(cpu->splits, 0, sizeof *cpu->splits * (size_t)run->plan.n_splits);
 }
 
-#ifdef _OPENMP
-/* OpenMP's threads do not survive a fork, and a child that asks GNU's runtime for them waits for
- * ever: the child of a process that has had a team works on one thread. */
-static atomic_int has_had_team, works_alone;
-
-static void remember_team(void) {
-    if (atomic_load(&has_had_team))
-        atomic_store(&works_alone, 1);
-}
-
-__attribute__((constructor)) static void watch_forks(void) {
-    pthread_atfork(NULL, NULL, remember_team);
-}
-
-/* Always the whole team, even for fewer items: OpenMP runtimes end and restart threads when the
- * size of a team changes from call to call. */
-static void work_in_team(struct run *run, int n_threads) {
-    if (atomic_load_explicit(&works_alone, memory_order_relaxed)) {
-        work(run, 0, 1);
-        return;
-    }
-    atomic_store_explicit(&has_had_team, 1, memory_order_relaxed);
-#pragma omp parallel num_threads(n_threads)
-    work(run, omp_get_thread_num(), omp_get_num_threads());
-}
-#else
-static void work_in_team(struct run *run, int n_threads) {
-    (void)n_threads;
-    work(run, 0, 1);
-}
-#endif
-
 static int cpu_run(void *state, const struct problem *p, const struct run_resources *resources) {
     struct cpu *cpu = state;
     struct run run;
@@ -578,10 +561,16 @@ static int cpu_run(void *state, const struct problem *p, const struct run_resour
     if (p->n_query == 0)
         return LIDX_OK;
     prepare_run(&run, cpu, p);
-    if (run.plan.n_items <= 1 || cpu->n_workers == 1)
+    if (run.plan.n_items <= 1 || cpu->n_workers == 1) {
         work(&run, 0, 1);
-    else
-        work_in_team(&run, cpu->n_workers);
+        return LIDX_OK;
+    }
+    /* Always the whole team, even for fewer items: OpenMP runtimes end and restart threads when
+     * the size of a team changes from call to call. */
+#ifdef _OPENMP
+#pragma omp parallel num_threads(cpu->n_workers)
+    work(&run, omp_get_thread_num(), omp_get_num_threads());
+#endif
     return LIDX_OK;
 }
 

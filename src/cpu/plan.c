@@ -5,7 +5,8 @@ enum {
     BLOCKS_PER_WORKER = 4,  /* where there are as many tokens */
     ROWS_WANTED = 4,        /* rows that share a key tile from cache, where there are as many */
     PIECES_PER_WORKER = 64, /* cores differ in speed, and late ones shall not be waited for */
-    PIECE_KEYS = 240,       /* fewer keys at a time cost the kernels more than balance brings */
+    PIECE_KEYS = 240,       /* fewer at a time cost the kernels more than balance brings ... */
+    PIECE_ROW_KEYS = 96,    /* ... but with one row, where all threads end at once */
     SERIAL_WORK = 1024,     /* keys x rows up to which waking a thread costs more than it saves */
 };
 
@@ -85,7 +86,8 @@ void lidx_plan_build(struct plan *plan, const struct problem *p, const struct pl
     plan->piece_work = INT64_MAX / 2;
     if (workers > 1 && work > SERIAL_WORK)
         plan->piece_work = larger(work / (PIECES_PER_WORKER * workers),
-                                  PIECE_KEYS * smaller(plan->rows, tokens));
+                                  tokens == 1 ? PIECE_ROW_KEYS
+                                              : PIECE_KEYS * smaller(plan->rows, tokens));
     /* With piece_work above all work nothing is cut and no slot is needed, so this ends. */
     for (count(plan); plan->n_slots > limits->slots; count(plan))
         plan->piece_work *= 2;

@@ -15,7 +15,7 @@
 #include "../visible.h"
 
 enum {
-    PLAN_ROWS = 16,  /* most rows of a block */
+    PLAN_ROWS = 8,   /* most rows of a block */
     PLAN_ALIGN = 48, /* pieces begin at multiples of it: whole key blocks, whole register tiles */
 };
 

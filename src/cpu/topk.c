@@ -17,21 +17,12 @@
 
 #include <float.h>
 
-#include "../dtype.h"
-
 enum {
     BITS = 11, /* of a bin number or a radix digit: 8 KiB of counters, which fits L1 */
     BINS = 1 << BITS,
     INSERTION_MAX = 32, /* up to here, insertion sort */
     SAMPLE = 256,       /* entries of which a cut takes its bound */
 };
-
-float lidx_topk_score(uint64_t entry) {
-    uint32_t key = (uint32_t)(entry >> 32);
-    if (key == 0)
-        return lidx_float_from_bits(0x7FC00000u);
-    return lidx_float_from_bits(key & 0x80000000u ? key ^ 0x80000000u : ~key);
-}
 
 static int filter(uint64_t *entry, const float *score, int n, uint32_t position,
                   uint64_t threshold) {
@@ -258,7 +249,7 @@ static struct topk_bins bins_of(struct topk_range r, int bits) {
  * are taken, if these are finite. */
 static struct topk_bins coarse_bins_of(struct topk_range r, int bits) {
     struct topk_bins bins = bins_of(r, bits);
-    if ((r.high ^ r.low) >> 63) {
+    if ((r.high ^ r.low) >> 62) {
         bins.best = lidx_topk_score(r.high);
         float span = bins.best - lidx_topk_score(r.low);
         float scale = (float)(1 << bits) / span;

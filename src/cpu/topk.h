@@ -2,10 +2,13 @@
  *
  * Exact top-k of a stream of scores, in O(k) memory, and the tie rule in one place.
  *
- * A candidate is one 64-bit number: the score as an order-preserving integer above, the
- * complement of the position below. Larger is better, no two are equal, so "score descending,
- * equal scores by ascending position, -0 as +0, NaN last" is plain integer order, and the k
- * largest do not depend on the order in which they came.
+ * A candidate is one number of 63 bits: the score as an order-preserving integer above, the
+ * complement of the position's 31 bits below. Larger is better, no two are equal, so "score
+ * descending, equal scores by ascending position, -0 as +0, NaN last" is plain integer order, and
+ * the k largest do not depend on the order in which they came.
+ *
+ * Read as a double, a candidate is a positive normal number, so that floating-point minima and
+ * maxima order candidates too: on Intel's CPUs they are four times as fast as those of integers.
  */
 #ifndef LIDX_TOPK_H
 #define LIDX_TOPK_H
@@ -72,25 +75,35 @@ static inline int lidx_topk_capacity(int k) {
     return 4 * k + 2 * TOPK_STEP;
 }
 
-/* Order-preserving integer of a score: -0 as +0, NaN as 0, below -inf. */
+/* Order-preserving integer of a score, -0 as +0. That of NaN lies below -inf's; a smaller one would
+ * make a denormal double. */
+enum { TOPK_NAN = 1 << 22 };
+
 static inline uint32_t lidx_topk_key(float score) {
     float positive_zero = score + 0.0f;
     uint32_t bits;
     memcpy(&bits, &positive_zero, sizeof bits);
     uint32_t key = bits ^ ((uint32_t)((int32_t)bits >> 31) | 0x80000000u);
-    return score != score ? 0 : key;
+    return score != score ? TOPK_NAN : key;
 }
 
 static inline uint64_t lidx_topk_entry(float score, uint32_t position) {
-    return (uint64_t)lidx_topk_key(score) << 32 | (uint32_t)~position;
+    return (uint64_t)lidx_topk_key(score) << 31 | (~position & INT32_MAX);
 }
 
 static inline int32_t lidx_topk_position(uint64_t entry) {
-    return (int32_t)~(uint32_t)entry;
+    return (int32_t)(~(uint32_t)entry & INT32_MAX);
 }
 
 /* The score back from an entry; NaN is the canonical quiet NaN. */
-float lidx_topk_score(uint64_t entry);
+static inline float lidx_topk_score(uint64_t entry) {
+    uint32_t key = (uint32_t)(entry >> 31);
+    uint32_t bits = key ^ (key & 0x80000000u ? 0x80000000u : 0xFFFFFFFFu);
+    bits = key != TOPK_NAN ? bits : 0x7FC00000u;
+    float score;
+    memcpy(&score, &bits, sizeof score);
+    return score;
+}
 
 void lidx_topk_reset(struct topk *t, int k, uint64_t *entry, const struct topk_loops *loops);
 
