@@ -5,8 +5,9 @@ import copy
 import shutil
 
 import pytest
+from torch_cases import NPU, PAGE, PAIRS, Case, make_cases, torch  # skips first where it must
+
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch_cases import NPU, PAGE, PAIRS, Case, make_cases, torch
 
 import lightning_indexer
 
