@@ -10,6 +10,7 @@
 
 #ifdef _OPENMP
 #include <omp.h>
+#include <pthread.h>
 #endif
 
 #include "../backend.h"
@@ -554,6 +555,38 @@ static void prepare_run(struct run *run, const struct cpu *cpu, const struct pro
     memset(cpu->splits, 0, sizeof *cpu->splits * (size_t)run->plan.n_splits);
 }
 
+#ifdef _OPENMP
+/* OpenMP's threads do not survive a fork, and a child that asks GNU's runtime for them waits for
+ * ever: the child of a process that has had a team works on one thread. */
+static atomic_int has_had_team, works_alone;
+
+static void remember_team(void) {
+    if (atomic_load(&has_had_team))
+        atomic_store(&works_alone, 1);
+}
+
+__attribute__((constructor)) static void watch_forks(void) {
+    pthread_atfork(NULL, NULL, remember_team);
+}
+
+/* Always the whole team, even for fewer items: OpenMP runtimes end and restart threads when the
+ * size of a team changes from call to call. */
+static void work_in_team(struct run *run, int n_threads) {
+    if (atomic_load_explicit(&works_alone, memory_order_relaxed)) {
+        work(run, 0, 1);
+        return;
+    }
+    atomic_store_explicit(&has_had_team, 1, memory_order_relaxed);
+#pragma omp parallel num_threads(n_threads)
+    work(run, omp_get_thread_num(), omp_get_num_threads());
+}
+#else
+static void work_in_team(struct run *run, int n_threads) {
+    (void)n_threads;
+    work(run, 0, 1);
+}
+#endif
+
 static int cpu_run(void *state, const struct problem *p, const struct run_resources *resources) {
     struct cpu *cpu = state;
     struct run run;
@@ -561,16 +594,10 @@ static int cpu_run(void *state, const struct problem *p, const struct run_resour
     if (p->n_query == 0)
         return LIDX_OK;
     prepare_run(&run, cpu, p);
-    if (run.plan.n_items <= 1 || cpu->n_workers == 1) {
+    if (run.plan.n_items <= 1 || cpu->n_workers == 1)
         work(&run, 0, 1);
-        return LIDX_OK;
-    }
-    /* Always the whole team, even for fewer items: OpenMP runtimes end and restart threads when
-     * the size of a team changes from call to call. */
-#ifdef _OPENMP
-#pragma omp parallel num_threads(cpu->n_workers)
-    work(&run, omp_get_thread_num(), omp_get_num_threads());
-#endif
+    else
+        work_in_team(&run, cpu->n_workers);
     return LIDX_OK;
 }
 
