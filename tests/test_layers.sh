@@ -46,7 +46,7 @@ others=$(for file in src/cpu/*.c src/cpu/*.h; do
     case " $isa " in *" $(basename "$file" .c) "*) ;; *) echo "$file" ;; esac
 done | tr '\n' ' ')
 # shellcheck disable=SC2086 # room splits its first argument itself
-room "$others" "$c|$public|$above|\"(environment|features|kernel|kernels|plan|topk)\.h\"|$intrinsics|<omp\.h>|<(sys/auxv|sys/syscall|unistd)\.h>"
+room "$others" "$c|$public|$above|\"(environment|features|kernel|kernels|plan|topk)\.h\"|$intrinsics|<omp\.h>|<(sys/auxv|sys/syscall|pthread|unistd)\.h>"
 for stem in $isa; do
     room "src/cpu/$stem.c" "$c|\"\.\./dtype\.h\"|\"(kernel|features)\.h\"|$intrinsics"
 done

@@ -175,9 +175,8 @@ static void check_broadcast(void) {
     oracle_free(oracle);
 }
 
-/* A NaN in any position of a query, a key or the weights makes the score NaN, which ranks last and
- * by position. One run has it in each place of each row in turn. */
-struct nan_case {
+/* One batch whose every score is asked for. */
+struct small_case {
     int n_query, n_heads, head_dim, n_key;
     uint16_t *query, *key;
     float *weights;
@@ -185,7 +184,7 @@ struct nan_case {
     float *values;
 };
 
-static void run_nan_case(const struct nan_case *c, struct kernel *kernel, int is_bf16) {
+static void run_case(const struct small_case *c, struct kernel *kernel, int is_bf16) {
     const struct lidx_dtype half = {(uint8_t)(is_bf16 ? LIDX_BFLOAT : LIDX_FLOAT), 16, 1},
                             int32 = {LIDX_INT, 32, 1}, f32 = {LIDX_FLOAT, 32, 1};
     int64_t query_shape[] = {1, c->n_query, c->n_heads, c->head_dim};
@@ -199,10 +198,10 @@ static void run_nan_case(const struct nan_case *c, struct kernel *kernel, int is
     args.query = &q, args.key = &k, args.weights = &w;
     args.sparse_indices = &o, args.sparse_values = &v;
     args.sparse_count = c->n_key, args.sparse_mode = LIDX_MODE_FULL;
-    CHECK_INT(lidx_run(context_of(kernel, 1), &args), LIDX_OK, "NaN");
+    CHECK_INT(lidx_run(context_of(kernel, 1), &args), LIDX_OK, "a small case");
 }
 
-static void fill_nan_case(struct nan_case *c, struct rng *rng, int is_bf16) {
+static void fill_nan_case(struct small_case *c, struct rng *rng, int is_bf16) {
     for (int i = 0; i < c->n_query * c->n_heads * c->head_dim; i++)
         c->query[i] = test_to_half(rng_normal(rng), is_bf16);
     for (int i = 0; i < c->n_key * c->head_dim; i++)
@@ -212,7 +211,7 @@ static void fill_nan_case(struct nan_case *c, struct rng *rng, int is_bf16) {
 }
 
 /* Either all scores are NaN, or those of the keys from nan_keys on. */
-static void check_nan_rows(const struct nan_case *c, int all_nan, int nan_keys, const char *what) {
+static void check_nan_rows(const struct small_case *c, int all_nan, int nan_keys, const char *what) {
     int wrong = 0;
     for (int i = 0; i < c->n_query; i++)
         for (int j = all_nan ? 0 : nan_keys; j < c->n_key; j++) {
@@ -225,11 +224,13 @@ static void check_nan_rows(const struct nan_case *c, int all_nan, int nan_keys, 
     CHECK(wrong == 0, "%s: %d slots are wrong", what, wrong);
 }
 
+/* A NaN in any position of a query, a key or the weights makes the score NaN, which ranks last and
+ * by position. */
 static void check_nan_everywhere(struct kernel *kernel, int is_bf16, int head_dim) {
     enum { HEADS = 5, CLEAN = 7 };
     uint16_t nan = is_bf16 ? 0x7FC1 : 0x7E01;
     struct rng rng = rng_seed(3);
-    struct nan_case c = {HEADS * head_dim, HEADS, head_dim, CLEAN + head_dim, NULL, NULL, NULL,
+    struct small_case c = {HEADS * head_dim, HEADS, head_dim, CLEAN + head_dim, NULL, NULL, NULL,
                          NULL, NULL};
     size_t rows = (size_t)c.n_query, keys = (size_t)c.n_key, dim = (size_t)head_dim;
     c.query = malloc(rows * HEADS * dim * 2);
@@ -253,7 +254,7 @@ static void check_nan_everywhere(struct kernel *kernel, int is_bf16, int head_di
                 c.weights[i * HEADS + i] = NAN;
             c.n_query = HEADS;
         }
-        run_nan_case(&c, kernel, is_bf16);
+        run_case(&c, kernel, is_bf16);
         snprintf(what, sizeof what, "%s, %s, D %d, NaN in every place of %s", kernel->name,
                  is_bf16 ? "bf16" : "fp16", head_dim, name[place]);
         check_nan_rows(&c, place != 1, CLEAN, what);
@@ -264,6 +265,25 @@ static void check_nan_everywhere(struct kernel *kernel, int is_bf16, int head_di
     free(c.weights);
     free(c.indices);
     free(c.values);
+}
+
+/* Scores of one to n times the least float32 denormal: products of normal numbers and a denormal
+ * weight. Nothing on the way may take them for 0. */
+static void check_denormal_scores(struct kernel *kernel, int is_bf16) {
+    enum { D = 64, N = 40 };
+    static uint16_t query[D], key[N * D];
+    float weight = 0x1p-149f, values[N];
+    int32_t indices[N];
+    struct small_case c = {1, 1, D, N, query, key, &weight, indices, values};
+    query[0] = test_to_half(1, is_bf16);
+    for (int j = 0; j < N; j++)
+        key[j * D] = test_to_half((float)(j + 1), is_bf16);
+    run_case(&c, kernel, is_bf16);
+    int wrong = 0;
+    for (int i = 0; i < N; i++)
+        wrong += indices[i] != N - 1 - i || values[i] != (float)(N - i) * 0x1p-149f;
+    CHECK(wrong == 0, "%s, %s: %d denormal scores are wrong", kernel->name,
+          is_bf16 ? "bf16" : "fp16", wrong);
 }
 
 int main(int argc, char **argv) {
@@ -279,9 +299,12 @@ int main(int argc, char **argv) {
     }
     find_kernels(only);
     check_broadcast();
-    for (int i = 0; i < n_kernels; i++)
+    for (int i = 0; i < n_kernels; i++) {
         for (int type = 0; type < 4; type++)
             check_nan_everywhere(&kernels[i], type & 1, type & 2 ? 64 : 128);
+        check_denormal_scores(&kernels[i], 0);
+        check_denormal_scores(&kernels[i], 1);
+    }
     for (long number = first; number < first + cases; number++)
         run_trial(number);
     for (int i = 0; i < n_kernels; i++) {
