@@ -12,106 +12,23 @@
  * how the list is found:
  *   feed_short   rows of up to SHORT keys: held in registers, read once, threshold by histogram
  *   feed_long    longer rows: threshold from a sample of the row, then one streaming pass
+ *   feed_cluster few rows, SM90 on: as feed_short, with the registers of a cluster of blocks
  *   split_kernel few long rows: as feed_long, but several blocks per row; the last to arrive orders
  *   exact_select any row, any data: up to three histogram passes and one that collects
- * The last is where the first three go when the data defeats them.
+ * The last is where the others go when the data defeats them.
  *
- * topk_block.cuh holds what a block works with, topk_order.cuh the ordering, topk_feed.cuh all
- * that fills the list; the kernels and what launches them are here.
+ * topk_block.cuh holds what a block works with, topk_order.cuh the ordering, topk_feed.cuh and
+ * topk_cluster.cuh all that fills the list, topk_row.cuh how a row begins and ends; the other kernels
+ * and what launches them are here.
  */
 #include <cuda_runtime.h>
 
-#include "topk_feed.cuh"
-
-/* What a kernel gets, beyond the slab: how many blocks share a row. */
-struct launch {
-    struct slab slab;
-    uint32_t *arrived; /* [rows], zero between launches; split_kernel only */
-    uint32_t *found;   /* [rows][blocks] candidates of each block */
-    uint64_t *region;  /* [rows][blocks][SPLIT_ROOM] */
-    uint32_t blocks;
-};
-enum { SPLIT_ROOM = 4096 };
-
-/* ---- which row ------------------------------------------------------------------------------- */
-
-/* The batch that holds row t of packed queries: the first whose end lies beyond t. A list that
- * decreases against its contract makes this end anywhere, but it ends. */
-static __device__ int64_t packed_batch(const struct problem *p, int64_t t) {
-    int64_t low = 0, high = p->n_batch;
-    while (low < high) {
-        int64_t middle = low + (high - low) / 2;
-        if (lidx_clamp(p->query_lengths[middle], 0, p->n_query) > t)
-            high = middle;
-        else
-            low = middle + 1;
-    }
-    return low;
-}
-
-static __device__ __forceinline__ struct row find_row(const struct slab *s, int64_t number) {
-    const struct problem *p = &s->p;
-    int64_t batch = 0, i = number, visible = 0, slot = number;
-    if (p->query_packed) {
-        batch = packed_batch(p, number);
-    } else if (p->n_batch > 1) {
-        batch = number / p->n_query;
-        i = slot = number - batch * p->n_query;
-    }
-    if (batch < p->n_batch) {
-        struct extent e = lidx_extent(p, batch);
-        if (p->query_packed)
-            i = number - e.query_begin;
-        if (i >= 0)
-            visible = lidx_clamp(lidx_visible(p, &e, i), 0, s->scores_stride);
-    }
-    int64_t out = p->query_packed ? 0 : batch;
-    struct row r;
-    r.score = s->scores + (number - s->row_begin) * s->scores_stride;
-    r.indices = (int32_t *)((char *)p->indices + out * p->indices_batch_stride) + slot * p->top_k;
-    r.values = (char *)p->values;
-    if (r.values)
-        r.values += out * p->values_batch_stride +
-                    slot * p->top_k * (p->values_dtype == DTYPE_F32 ? 4 : 2);
-    r.n = (uint32_t)visible;
-    r.top_k = (uint32_t)p->top_k;
-    return r;
-}
+#include "topk_row.cuh"
+#ifdef __CUDACC__ /* not where a test emulates single blocks */
+#include "topk_cluster.cuh"
+#endif
 
 /* ---- kernels --------------------------------------------------------------------------------- */
-
-static __device__ __forceinline__ void wait_for_scores(void) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-/* Zeroes what a row's work expects to be zero and finds the row. Nothing in global memory is read
- * before the wait: the kernel may have been started before those ahead of it have ended. */
-template <class Z>
-static __device__ __forceinline__ void begin_row(struct shared<Z> *s, const struct slab *slab,
-                                                 int64_t number) {
-    zero<Z, BINS>(s->hist);
-    zero<Z, Z::WORDS>(s->counter);
-    if (threadIdx.x == 0) {
-        s->n_list = 0;
-        s->n_tied = 0;
-        s->crowded = 0;
-        s->last_low = 0xFFFFFFFFu;
-        s->last_high = 0;
-        wait_for_scores();
-        s->row = find_row(slab, number);
-    }
-    wait_for_scores();
-    __syncthreads();
-}
-
-template <class Z>
-static __device__ __forceinline__ void finish_row(struct shared<Z> *s, const struct problem *p) {
-    if (s->n_list)
-        order(s, s->n_list);
-    write_row(s, p);
-}
 
 /* One block, one row. Causal rows grow, so the last comes first. */
 template <class Z, int PER_SM>
@@ -313,26 +230,43 @@ size_t lidx_topk_scratch(int64_t rows, int64_t max_key, int32_t top_k, int32_t n
     return 2 * counter_bytes(n_sm) + (size_t)blocks * SPLIT_ROOM * sizeof(uint64_t);
 }
 
-template <class Z>
-static cudaError_t start(void (*kernel)(struct launch), struct launch *l, int64_t blocks,
+/* Lets a kernel have so much dynamic shared memory, once on a device: asking costs a tenth of a
+ * launch. Racing threads set the same. */
+static cudaError_t allow_shared(const void *kernel, int bytes, uint64_t *allowed) {
+    int device;
+    cudaError_t e = cudaGetDevice(&device);
+    uint64_t bit = (uint64_t)1 << (device & 63);
+    if (e != cudaSuccess || (device < 64 && __atomic_load_n(allowed, __ATOMIC_RELAXED) & bit))
+        return e;
+    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (e == cudaSuccess && device < 64)
+        __atomic_fetch_or(allowed, bit, __ATOMIC_RELAXED);
+    return e;
+}
+
+/* Starts `blocks` blocks, in clusters of `cluster` if that is above 1. */
+template <class Z, void (*KERNEL)(struct launch)>
+static cudaError_t start(struct launch *l, int64_t blocks, size_t bytes, uint32_t cluster,
                          cudaStream_t stream) {
-    int bytes = (int)sizeof(struct shared<Z>);
-    cudaError_t e = cudaFuncSetAttribute((const void *)kernel,
-                                         cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    static uint64_t allowed; /* bit d: on device d */
+    cudaError_t e = allow_shared((const void *)KERNEL, (int)bytes, &allowed);
     if (e != cudaSuccess)
         return e;
     void *arguments[] = {l};
-    cudaLaunchAttribute early;
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2];
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = cluster;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3((unsigned)blocks);
     config.blockDim = dim3(Z::THREADS);
-    config.dynamicSmemBytes = (size_t)bytes;
+    config.dynamicSmemBytes = bytes;
     config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = l->slab.compute >= 90;
-    return cudaLaunchKernelExC(&config, (const void *)kernel, arguments);
+    config.attrs = attributes;
+    config.numAttrs = l->slab.compute < 90 ? 0 : cluster > 1 ? 2 : 1;
+    return cudaLaunchKernelExC(&config, (const void *)KERNEL, arguments);
 }
 
 /* Keys that a row can have here. */
@@ -344,14 +278,33 @@ static uint32_t slab_blocks(const struct slab *s) {
     return blocks_per_row(s->row_end - s->row_begin, slab_keys(s), s->p.top_k, s->n_sm);
 }
 
+/* Whether a cluster takes each row: it must hold the longest, and all must find room at once. More
+ * than half of the device is not to be had in clusters. */
+static bool by_cluster(const struct slab *s) {
+#ifdef __CUDACC__
+    int64_t rows = s->row_end - s->row_begin, keys = slab_keys(s);
+    return s->compute >= 90 && keys > SHORT && keys <= CLUSTER_KEYS && s->p.top_k <= SMALL_K &&
+           rows * CLUSTER * 2 <= s->n_sm;
+#else
+    (void)s;
+    return false;
+#endif
+}
+
 int lidx_prepare_topk(const struct slab *s, void *stream) {
     int only = s->row_end - s->row_begin >= lidx_rows(&s->p); /* the run's only slab */
-    if (!s->scratch || (only && slab_blocks(s) == 1))
+    if (!s->scratch || (only && (slab_blocks(s) == 1 || by_cluster(s))))
         return cudaSuccess;
     return cudaMemsetAsync(s->scratch, 0, counter_bytes(s->n_sm), (cudaStream_t)stream);
 }
 
+template <class Z, void (*KERNEL)(struct launch)>
+static cudaError_t start_blocks(struct launch *l, int64_t blocks, cudaStream_t stream) {
+    return start<Z, KERNEL>(l, blocks, sizeof(struct shared<Z>), 1, stream);
+}
+
 int lidx_launch_topk(const struct slab *s, void *stream) {
+    typedef alone_sizes alone;
     cudaStream_t on = (cudaStream_t)stream;
     int64_t rows = s->row_end - s->row_begin;
     struct launch l;
@@ -363,14 +316,20 @@ int lidx_launch_topk(const struct slab *s, void *stream) {
     if (rows <= 0)
         return cudaSuccess;
     if (s->p.top_k > SMALL_K)
-        return start<large_sizes>(row_kernel<large_sizes, 1>, &l, rows, on);
+        return start_blocks<large_sizes, row_kernel<large_sizes, 1>>(&l, rows, on);
+#ifdef __CUDACC__
+    if (by_cluster(s))
+        return start<alone, cluster_kernel<alone>>(&l, rows * CLUSTER,
+                                                   sizeof(struct cluster_shared<alone>), CLUSTER,
+                                                   on);
+#endif
     if (l.blocks > 1) {
         cudaError_t e = s->prepared ? cudaSuccess : (cudaError_t)lidx_prepare_topk(s, stream);
         if (e != cudaSuccess)
             return e;
-        return start<alone_sizes>(split_kernel<alone_sizes>, &l, rows * l.blocks, on);
+        return start_blocks<alone, split_kernel<alone>>(&l, rows * l.blocks, on);
     }
     if (rows <= s->n_sm)
-        return start<alone_sizes>(row_kernel<alone_sizes, 1>, &l, rows, on);
-    return start<crowd_sizes>(row_kernel<crowd_sizes, 3>, &l, rows, on);
+        return start_blocks<alone, row_kernel<alone, 1>>(&l, rows, on);
+    return start_blocks<crowd_sizes, row_kernel<crowd_sizes, 3>>(&l, rows, on);
 }

@@ -4,6 +4,7 @@
  * block at a time, its threads as fibers that switch at barriers and warp operations. The order of
  * blocks, of warps and of lanes is random, so that a missing barrier is likely to show; a warp
  * that splits at a collective, a barrier that some threads miss, and a deadlock end the program.
+ * Clusters of blocks it does not have, and the code that uses them is left out.
  * What it cannot show: races between lanes of one warp, the memory model, speed.
  *
  *     g++ -std=c++17 -O2 -U_FORTIFY_SOURCE -x c++ -Itests/emulated tests/test_topk.cu \
@@ -267,12 +268,15 @@ using std::min;
 typedef int cudaError_t;
 typedef void *cudaStream_t;
 enum { cudaSuccess = 0, cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+enum { cudaLaunchAttributeClusterDimension = 4, cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 
 struct cudaLaunchAttribute {
     int id;
-    struct { int programmaticStreamSerializationAllowed; } val;
+    struct {
+        int programmaticStreamSerializationAllowed;
+        dim3 clusterDim;
+    } val;
 };
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
@@ -309,6 +313,10 @@ static inline void emulated_call_with(const void *kernel, void **arguments) {
 #define cudaLaunchKernelExC(config, kernel, arguments)                                             \
     emulated_launch(config, kernel, arguments, emulated_call_with<struct launch>)
 
+static inline cudaError_t cudaGetDevice(int *device) {
+    *device = 0;
+    return cudaSuccess;
+}
 static inline cudaError_t cudaFuncSetAttribute(const void *, int, int) { return cudaSuccess; }
 static inline cudaError_t cudaMalloc(void **p, size_t n) {
     *p = aligned_alloc(256, n / 256 * 256 + 256);
