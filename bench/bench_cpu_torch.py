@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU operator beside torch eager in bfloat16 (matmul, relu, weighted sum, topk), in one run.
+"""The CPU operator beside torch in bfloat16 (matmul, relu, weighted sum, topk), in one run: eager
+and, where torch finds a compiler, the same function through torch.compile.
 
     python3 bench/bench_cpu_torch.py --library build/liblightning_indexer.so [--threads N] [--out F]
 
-The two take turns, a few calls each, so that both meet the machine's good and bad moments; what
+They take turns, a few calls each, so that all meet the machine's good and bad moments; what
 is compared are medians over the turns. "hot" repeats one call, "cold" walks through a pool of
 keys of --pool MiB, so choose it well above the last-level cache. Every case is checked: where
 the indices differ from those of a float32 reference, the scores must not, beyond 1e-4 relative.
@@ -35,6 +36,7 @@ def options():
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--kernel", help="force a kernel by name")
     parser.add_argument("--seconds", type=float, default=4.0, help="about this long for each case")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--pool", type=int, default=1024, help="MiB of keys for the cold cases")
     parser.add_argument("--case", action="append", help="only cases whose name contains this")
     parser.add_argument("--out", "--json", dest="out", help="also write the results, JSON, here")
@@ -80,6 +82,19 @@ def eager(query, key, weights):
     return torch.topk(scores, TOP_K, dim=-1).indices
 
 
+def compiled_or_reason():
+    """eager() through torch.compile and None, or None and why there is none."""
+    import torch
+
+    try:
+        function = torch.compile(eager, dynamic=False)
+        function(*(torch.zeros(shape, dtype=torch.bfloat16)
+                   for shape in ((1, HEADS, DIM), (TOP_K, DIM), (1, HEADS))))
+    except Exception as error:  # whatever its compiler is missing
+        return None, (str(error).strip() or type(error).__name__).splitlines()[0]
+    return function, None
+
+
 def check_rows(query, key, weights, indices):
     """The first rows against float32; raises AssertionError."""
     import torch
@@ -94,27 +109,27 @@ def check_rows(query, key, weights, indices):
         assert (ours - best).abs().max() <= tolerance, "not the best keys, or not in order"
 
 
-def measure(ours, theirs, seconds):
-    """Alternating turns; seconds of a call, for each side: the medians of the turns' means."""
+def measure(sides, seconds):
+    """Alternating turns; for each side the turns' means of a call, in seconds."""
     def turn(functions, calls):
         begin = time.perf_counter()
         for i in range(calls):
             functions[i % len(functions)]()
         return (time.perf_counter() - begin) / calls
 
-    sides, times, calls = (ours, theirs), ([], []), [1, 1]
-    for side in (0, 1):
-        turn(sides[side], 2)
-        calls[side] = max(1, min(200, int(0.03 / turn(sides[side], 3))))
+    times, calls = [[] for _ in sides], []
+    for functions in sides:
+        turn(functions, 2)
+        calls.append(max(1, min(200, int(0.03 / turn(functions, 3)))))
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or len(times[0]) < 5:
-        for side in (0, 1):
-            sides[side][0]()  # the other side's threads have just gone to sleep
-            times[side].append(turn(sides[side], calls[side]))
+        for functions, n, list_of_times in zip(sides, calls, times):
+            functions[0]()  # the other sides' threads have just gone to sleep
+            list_of_times.append(turn(functions, n))
     return times
 
 
-def run_case(operator, case, pool_bytes, seconds):
+def run_case(operator, case, pool_bytes, seconds, compiled):
     import torch
 
     name, tokens, n_keys, cold = case
@@ -132,17 +147,24 @@ def run_case(operator, case, pool_bytes, seconds):
         operator.prepare(query[None], pool[i][None, :, None], weights[None], indices)
         for i in range(copies)
     ]
-    theirs = [lambda key=pool[i]: eager(query, key, weights) for i in range(copies)]
     ours[0]()
     check_rows(query, first, weights, indices[0, :, 0])
-    a, b = measure(ours, theirs, seconds)
+    sides = [ours]
+    for function in (eager, compiled):
+        if function:
+            sides.append([lambda f=function, key=pool[i]: f(query, key, weights)
+                          for i in range(copies)])
+    times = measure(sides, seconds)
     flop = 2 * tokens * n_keys * HEADS * DIM
-    mine, other = statistics.median(a), statistics.median(b)
-    return {
-        "case": name, "us": mine * 1e6, "us_best": min(a) * 1e6, "torch_us": other * 1e6,
-        "torch_us_best": min(b) * 1e6, "ratio": other / mine, "tflops": flop / mine * 1e-12,
-        "key_gbps": n_keys * DIM * 2 / mine * 1e-9, "turns": len(a),
-    }
+    mine = statistics.median(times[0])
+    row = {"case": name, "us": mine * 1e6, "us_best": min(times[0]) * 1e6,
+           "tflops": flop / mine * 1e-12, "key_gbps": n_keys * DIM * 2 / mine * 1e-9,
+           "turns": len(times[0])}
+    for prefix, ratio, side in zip(("torch", "compiled"), ("ratio", "compiled_ratio"), times[1:]):
+        other = statistics.median(side)
+        row |= {f"{prefix}_us": other * 1e6, f"{prefix}_us_best": min(side) * 1e6,
+                ratio: other / mine}
+    return row
 
 
 def main():
@@ -167,20 +189,26 @@ def main():
     )
     print(f"lightning_indexer {lib.version()} kernel {kernel}, torch {torch.__version__}, "
           f"{chosen.threads} threads, {HEADS} heads x {DIM}, top {TOP_K} in order")
-    print(f"{'case':>16} {'us':>9} {'best':>9} {'torch us':>10} {'best':>10} {'ratio':>6} "
-          f"{'TFLOP/s':>8} {'keys GB/s':>9}")
+    compiled, reason = (None, "not asked for") if chosen.no_compile else compiled_or_reason()
+    if reason:
+        print(f"torch.compile left out: {reason}")
+    print(f"{'case':>16} {'us':>9} {'best':>9} {'eager us':>10} {'best':>10} {'ratio':>6} "
+          f"{'compiled':>10} {'ratio':>6} {'TFLOP/s':>8} {'keys GB/s':>9}")
     rows = []
     for case in CASES:
         if chosen.case and not any(part in case[0] for part in chosen.case):
             continue
-        row = run_case(operator, case, chosen.pool << 20, chosen.seconds)
+        row = run_case(operator, case, chosen.pool << 20, chosen.seconds, compiled)
         rows.append(row)
+        theirs = (f"{row['compiled_us']:10.1f} {row['compiled_ratio']:6.1f}" if compiled
+                  else f"{'-':>10} {'-':>6}")
         print(f"{row['case']:>16} {row['us']:9.1f} {row['us_best']:9.1f} {row['torch_us']:10.1f} "
-              f"{row['torch_us_best']:10.1f} {row['ratio']:6.1f} {row['tflops']:8.3f} "
+              f"{row['torch_us_best']:10.1f} {row['ratio']:6.1f} {theirs} {row['tflops']:8.3f} "
               f"{row['key_gbps']:9.1f}", flush=True)
     if chosen.out:
         with open(chosen.out, "w", encoding="utf-8") as file:
             json.dump({"kernel": kernel, "torch": torch.__version__, "threads": chosen.threads,
+                       "torch_compile": reason or "timed",
                        "features": lib.cpu_features(), "cases": rows}, file, indent=1)
 
 
