@@ -263,7 +263,10 @@ def test_plot(tmp_path):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built as `pip install .` does, from a copy of the repository, without nvcc on the way."""
+    """The one that LIDX_WHEEL names, or else built as `pip install .` does, from a copy of the
+    repository, without nvcc on the way."""
+    if os.environ.get("LIDX_WHEEL"):
+        return os.path.abspath(os.environ["LIDX_WHEEL"])
     needs("scikit_build_core")
     if not shutil.which("cmake") or not shutil.which("cc"):
         pytest.skip("needs cmake and a C compiler")
