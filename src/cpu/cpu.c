@@ -142,15 +142,19 @@ static const unsigned char *weights_at(const struct problem *p, int64_t batch, i
     return offset(p->weights, batch * p->weights_batch_stride + row * row_bytes);
 }
 
-/* The first of the KEY_BLOCK keys from `key` on; `key` is a multiple of KEY_BLOCK. */
-static const void *key_block_at(const struct problem *p, const struct extent *e, int64_t batch,
-                                int64_t key) {
+/* The keys of a batch from `key` on; *n of them lie in a row, or more. */
+static const unsigned char *keys_at(const struct problem *p, const struct extent *e, int64_t batch,
+                                    int64_t key, int64_t *n) {
     int64_t row_bytes = (int64_t)p->head_dim * lidx_dtype_bytes(p->dtype);
-    if (!p->page_size)
+    if (!p->page_size) {
+        *n = INT64_MAX;
         return offset(p->key, batch * p->key_batch_stride + (e->key_begin + key) * row_bytes);
+    }
     const void *table = offset(p->page_table, batch * p->page_table_stride);
-    int64_t page = ((const int32_t *)table)[key / p->page_size];
-    return offset(p->key, page * p->key_batch_stride + key % p->page_size * row_bytes);
+    int64_t index = key / p->page_size, from = key - index * p->page_size;
+    *n = p->page_size - from;
+    int64_t page = ((const int32_t *)table)[index];
+    return offset(p->key, page * p->key_batch_stride + from * row_bytes);
 }
 
 /* The scores of a row's entries, then -inf. */
@@ -253,13 +257,29 @@ static void load_rows(struct worker *w, const struct plan_item *item) {
 /* Lists the key blocks of [begin, end) and, for prefetch, of what follows; returns how many
  * follow. */
 static int list_blocks(struct worker *w, const struct plan_item *item, int64_t begin, int64_t end) {
+    const struct problem *p = w->run->p;
     int64_t limit = item->key_end < end + AHEAD_KEYS ? item->key_end : end + AHEAD_KEYS;
-    int n = 0, ahead = 0;
-    for (int64_t key = begin; key < limit; key += KEY_BLOCK) {
-        w->list[n++] = key_block_at(w->run->p, &item->extent, item->batch, key);
-        ahead += key >= end;
+    int64_t block_bytes = (int64_t)KEY_BLOCK * p->head_dim * lidx_dtype_bytes(p->dtype);
+    int n = 0;
+    for (int64_t key = begin, in_row; key < limit; key += in_row) {
+        const unsigned char *block = keys_at(p, &item->extent, item->batch, key, &in_row);
+        in_row = in_row < limit - key ? in_row : limit - key;
+        for (int64_t i = 0; i < in_row; i += KEY_BLOCK, block += block_bytes)
+            w->list[n++] = block;
     }
-    return ahead;
+    return (int)((limit - end + KEY_BLOCK - 1) / KEY_BLOCK);
+}
+
+/* Fetches the first line of each page of [begin, end), so that the kernel finds the translations of
+ * their addresses. Scattered pages miss the TLB each, and the core waits for one miss after the
+ * other unless they are asked for together. */
+static void touch_pages(struct worker *w, const struct plan_item *item, int64_t begin,
+                        int64_t end) {
+    if (!w->run->p->page_size)
+        return;
+    end = item->key_end < end ? item->key_end : end;
+    for (int64_t key = begin, in_row; key < end; key += in_row)
+        __builtin_prefetch(keys_at(w->run->p, &item->extent, item->batch, key, &in_row));
 }
 
 /* How many keys of [begin, end) a row sees. */
@@ -289,8 +309,10 @@ static void score_item(struct worker *w, const struct plan_item *item) {
     const struct problem *p = w->run->p;
     int row_stride = p->head_dim * lidx_dtype_bytes(p->dtype);
     int two_at_once = w->run->cpu->kernel->score_two[p->dtype] != NULL;
+    touch_pages(w, item, item->key_begin, item->key_begin + TILE_KEYS);
     for (int64_t begin = item->key_begin; begin < item->key_end; begin += TILE_KEYS) {
         int64_t end = begin + TILE_KEYS < item->key_end ? begin + TILE_KEYS : item->key_end;
+        touch_pages(w, item, end, end + TILE_KEYS);
         int ahead = list_blocks(w, item, begin, end);
         for (int r = 0, rows; r < item->n_rows; r += rows) {
             int n = keys_seen(&w->row[r], begin, end);
