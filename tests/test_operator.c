@@ -175,7 +175,7 @@ static void check_broadcast(void) {
     oracle_free(oracle);
 }
 
-/* One batch whose every score is asked for. */
+/* One batch, everything visible. */
 struct small_case {
     int n_query, n_heads, head_dim, n_key;
     uint16_t *query, *key;
@@ -184,11 +184,12 @@ struct small_case {
     float *values;
 };
 
-static void run_case(const struct small_case *c, struct kernel *kernel, int is_bf16) {
+static void run_case(const struct small_case *c, struct kernel *kernel, int is_bf16, int threads,
+                     int top_k) {
     const struct lidx_dtype half = {(uint8_t)(is_bf16 ? LIDX_BFLOAT : LIDX_FLOAT), 16, 1},
                             int32 = {LIDX_INT, 32, 1}, f32 = {LIDX_FLOAT, 32, 1};
     int64_t query_shape[] = {1, c->n_query, c->n_heads, c->head_dim};
-    int64_t key_shape[] = {1, c->n_key, 1, c->head_dim}, out_shape[] = {1, c->n_query, 1, c->n_key};
+    int64_t key_shape[] = {1, c->n_key, 1, c->head_dim}, out_shape[] = {1, c->n_query, 1, top_k};
     struct lidx_tensor q = {c->query, {LIDX_CPU, 0}, 4, half, query_shape, NULL, 0};
     struct lidx_tensor k = {c->key, {LIDX_CPU, 0}, 4, half, key_shape, NULL, 0};
     struct lidx_tensor w = {c->weights, {LIDX_CPU, 0}, 3, f32, query_shape, NULL, 0};
@@ -197,8 +198,8 @@ static void run_case(const struct small_case *c, struct kernel *kernel, int is_b
     struct lidx_args args = LIDX_ARGS_INIT;
     args.query = &q, args.key = &k, args.weights = &w;
     args.sparse_indices = &o, args.sparse_values = &v;
-    args.sparse_count = c->n_key, args.sparse_mode = LIDX_MODE_FULL;
-    CHECK_INT(lidx_run(context_of(kernel, 1), &args), LIDX_OK, "a small case");
+    args.sparse_count = top_k, args.sparse_mode = LIDX_MODE_FULL;
+    CHECK_INT(lidx_run(context_of(kernel, threads), &args), LIDX_OK, "a small case");
 }
 
 static void fill_nan_case(struct small_case *c, struct rng *rng, int is_bf16) {
@@ -225,46 +226,32 @@ static void check_nan_rows(const struct small_case *c, int all_nan, int nan_keys
 }
 
 /* A NaN in any position of a query, a key or the weights makes the score NaN, which ranks last and
- * by position. */
+ * by position. Rows, or keys behind some clean ones, have it in each place in turn. */
 static void check_nan_everywhere(struct kernel *kernel, int is_bf16, int head_dim) {
-    enum { HEADS = 5, CLEAN = 7 };
+    enum { HEADS = 5, CLEAN = 7, MOST = HEADS * 128, QUERY = 0, KEY = 1, WEIGHTS = 2 };
+    static const char *const name[] = {"query", "key", "weights"};
+    static uint16_t query[MOST * HEADS * 128], key[(CLEAN + 128) * 128];
+    static float weights[MOST * HEADS], values[MOST * (CLEAN + 128)];
+    static int32_t indices[MOST * (CLEAN + 128)];
     uint16_t nan = is_bf16 ? 0x7FC1 : 0x7E01;
     struct rng rng = rng_seed(3);
-    struct small_case c = {HEADS * head_dim, HEADS, head_dim, CLEAN + head_dim, NULL, NULL, NULL,
-                         NULL, NULL};
-    size_t rows = (size_t)c.n_query, keys = (size_t)c.n_key, dim = (size_t)head_dim;
-    c.query = malloc(rows * HEADS * dim * 2);
-    c.key = malloc(keys * dim * 2);
-    c.weights = malloc(rows * HEADS * 4);
-    c.indices = malloc(rows * keys * 4);
-    c.values = malloc(rows * keys * 4);
-    char what[TEXT];
-    for (int place = 0; place < 3; place++) {
-        static const char *const name[] = {"query", "key", "weights"};
-        int n_query = c.n_query;
+    for (int place = QUERY; place <= WEIGHTS; place++) {
+        int n_query = place == QUERY ? HEADS * head_dim : place == KEY ? 2 : HEADS;
+        struct small_case c = {n_query, HEADS, head_dim, CLEAN, query, key, weights, indices, values};
+        c.n_key += place == KEY ? head_dim : 0;
         fill_nan_case(&c, &rng, is_bf16);
-        if (place == 0) /* row i has it at place i of its heads */
-            for (int i = 0; i < c.n_query; i++)
-                c.query[i * HEADS * head_dim + i] = nan;
-        if (place == 1) /* the keys behind the clean ones */
-            for (int j = 0; j < head_dim; j++)
-                c.key[(CLEAN + j) * head_dim + j] = nan;
-        if (place == 2) {
-            for (int i = 0; i < HEADS; i++)
-                c.weights[i * HEADS + i] = NAN;
-            c.n_query = HEADS;
-        }
-        run_case(&c, kernel, is_bf16);
+        for (int i = 0; place == QUERY && i < n_query; i++)
+            query[i * HEADS * head_dim + i] = nan;
+        for (int j = CLEAN; j < c.n_key; j++)
+            key[j * head_dim + j - CLEAN] = nan;
+        for (int i = 0; place == WEIGHTS && i < n_query; i++)
+            weights[i * HEADS + i] = NAN;
+        run_case(&c, kernel, is_bf16, 1, c.n_key);
+        char what[TEXT];
         snprintf(what, sizeof what, "%s, %s, D %d, NaN in every place of %s", kernel->name,
                  is_bf16 ? "bf16" : "fp16", head_dim, name[place]);
-        check_nan_rows(&c, place != 1, CLEAN, what);
-        c.n_query = n_query;
+        check_nan_rows(&c, place != KEY, CLEAN, what);
     }
-    free(c.query);
-    free(c.key);
-    free(c.weights);
-    free(c.indices);
-    free(c.values);
 }
 
 /* Scores of one to n times the least float32 denormal: products of normal numbers and a denormal
@@ -278,12 +265,44 @@ static void check_denormal_scores(struct kernel *kernel, int is_bf16) {
     query[0] = test_to_half(1, is_bf16);
     for (int j = 0; j < N; j++)
         key[j * D] = test_to_half((float)(j + 1), is_bf16);
-    run_case(&c, kernel, is_bf16);
+    run_case(&c, kernel, is_bf16, 1, c.n_key);
     int wrong = 0;
     for (int i = 0; i < N; i++)
         wrong += indices[i] != N - 1 - i || values[i] != (float)(N - i) * 0x1p-149f;
     CHECK(wrong == 0, "%s, %s: %d denormal scores are wrong", kernel->name,
           is_bf16 ? "bf16" : "fp16", wrong);
+}
+
+/* One row of many keys, long enough for every thread to take part in it, with its best keys all in
+ * one place: what one thread found is then the answer, to its last key, whatever the others bring. */
+static void check_one_place(struct kernel *kernel, int n_key, int first, int repeats) {
+    enum { HEADS = 32, D = 64, N = 16000, K = 100, BEST = 120, THREADS = 2 };
+    static uint16_t query[HEADS * D], key[N * D];
+    static float weights[HEADS], values[2][K];
+    static int32_t indices[2][K];
+    struct rng rng = rng_seed((uint64_t)first);
+    for (int h = 0; h < HEADS; h++) {
+        query[h * D] = query[h * D + 1] = test_to_bf16(1);
+        weights[h] = h % 2 ? 0.5f : 1;
+    }
+    for (int j = 0; j < n_key; j++) {
+        key[j * D] = test_to_bf16((float)rng_below(&rng, 100));
+        key[j * D + 1] = test_to_bf16(j >= first && j < first + BEST ? 200 : 0);
+    }
+    struct small_case c = {1, HEADS, D, n_key, query, key, weights, indices[0], values[0]};
+    run_case(&c, kernel, 1, 0, K);
+    for (int i = 0; i < K; i++)
+        CHECK(indices[0][i] >= first && indices[0][i] < first + BEST, "%s: slot %d is %d",
+              kernel->name, i, indices[0][i]);
+    c.indices = indices[1], c.values = values[1];
+    for (int repeat = 0; repeat < repeats; repeat++)
+        for (int threads = THREADS; threads < N_THREADS; threads++) {
+            run_case(&c, kernel, 1, threads, K);
+            CHECK(memcmp(indices[0], indices[1], sizeof indices[0]) == 0 &&
+                      memcmp(values[0], values[1], sizeof values[0]) == 0,
+                  "%s: %d threads answer otherwise than one, best keys from %d on", kernel->name,
+                  thread_counts[threads], first);
+        }
 }
 
 int main(int argc, char **argv) {
@@ -297,6 +316,7 @@ int main(int argc, char **argv) {
         else if (strcmp(argv[i], "--kernel") == 0)
             only = argv[i + 1];
     }
+    int n_key = cases_text ? 4000 : 16000; /* emulators, sanitizers */
     find_kernels(only);
     check_broadcast();
     for (int i = 0; i < n_kernels; i++) {
@@ -304,6 +324,8 @@ int main(int argc, char **argv) {
             check_nan_everywhere(&kernels[i], type & 1, type & 2 ? 64 : 128);
         check_denormal_scores(&kernels[i], 0);
         check_denormal_scores(&kernels[i], 1);
+        for (int place = 0; place < 3; place++)
+            check_one_place(&kernels[i], n_key, place * (n_key - 120) / 2, cases_text ? 1 : 4);
     }
     for (long number = first; number < first + cases; number++)
         run_trial(number);
