@@ -128,6 +128,14 @@ def test_bench():
             and case["memory_bytes"] <= (4 << 20) * case["threads"]
         )
         assert case["kernel"] in kernels()
+    shapes = "1x100/dense,1x100/32,3x2x~100,3x2x100"
+    result = lidx(
+        "bench", "--shape", shapes, "--rounds", 1, "--round-ms", 0, "--threads", 1, "--json"
+    )
+    dense, paged, ragged, equal = json.loads(result.stdout)["cases"]
+    assert dense["layout_key"] == "BSND" and paged["block_size"] == 32
+    assert ragged["lengths"] == "lognormal" and equal["lengths"] == "equal"
+    assert ragged["layout_key"] == equal["layout_key"] == "TND" and equal["batches"] == 3
     text = lidx(
         "bench",
         "--shape",

@@ -300,6 +300,8 @@ def test_rows_for_no_bytes(tmp_path):
         (["check", CAPTURE, "--rows", "0"], ["--rows"]),
         (["bench", "--shape", "12"], ["--shape", "64x8192"]),
         (["bench", "--shape", "0x12"], ["--shape"]),
+        (["bench", "--shape", "1x12/24"], ["1x12/24", "pages of 16"]),
+        (["bench", "--shape", "1x~12"], ["1x~12", "32x1x~8192"]),
         (["bench", "--shape", ","], ["--shape"]),
         (["bench", "--threads", "1,two"], ["--threads", "two"]),
         (["bench", "--dim", "96"], ["--dim", "64 or 128"]),

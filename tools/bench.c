@@ -26,7 +26,7 @@ static const struct option options[] = {
      .kind = OPTION_TEXT,
      .target = &shapes,
      .value = "LIST",
-     .help = "query tokens x keys, such as 1x4096,64x8192; causal where tokens > 1"},
+     .help = "tokens x keys, such as 1x4096,64x8192; see below"},
     {.name = "layout",
      .kind = OPTION_CHOICE,
      .target = &layout,
@@ -38,7 +38,7 @@ static const struct option options[] = {
      .low = 16,
      .high = 1024,
      .value = "N",
-     .help = "keys of a page (default 64); pages are shuffled"},
+     .help = "keys of a page (default 64)"},
     {.name = "heads",
      .kind = OPTION_INTEGER,
      .target = &n_heads,
@@ -110,7 +110,11 @@ static const struct command command = {
     "of the rounds, \"at best\" the fastest call: where the two are far apart, other work had\n"
     "the cores. \"of n x 1\" divides by n times the peak of one core alone. \"memory\" is what\n"
     "the process grew by from before the context was made to after its first run, without\n"
-    "inputs and outputs: heap or resident memory, whichever grew more.",
+    "inputs and outputs: heap or resident memory, whichever grew more.\n"
+    "\n"
+    "A shape is T x K, T causal tokens at the end of K keys; 1xK is timed dense and paged, with\n"
+    "shuffled pages, unless --layout, 1xK/dense or 1xK/16 (keys of a page) says which. BxTxK is\n"
+    "a batch of B in layout TND; in BxTx~K the lengths are lognormal, with mean K.",
     0,
     0,
     {options, NULL},
@@ -118,8 +122,8 @@ static const struct command command = {
 
 /* One line of the result. */
 struct bench_case {
-    int64_t n_query, n_key;
-    int layout, n_threads;
+    struct workload_shape shape;
+    int n_threads;
     char kernel[CELL];
     struct speed speed;
     double memory; /* bytes */
@@ -131,7 +135,7 @@ static int n_cases;
 
 /* ---- which cases ----------------------------------------------------------------------------- */
 
-static int add_case(int64_t n_query, int64_t n_key, int key_layout) {
+static int add_case(const struct workload_shape *shape) {
     char kernel[CELL] = "", item[16];
     const char *kernel_list = kernels ? kernels : "";
     const char *default_list = default_threads() > 1 ? "1,0" : "1";
@@ -151,7 +155,7 @@ static int add_case(int64_t n_query, int64_t n_key, int key_layout) {
                     "ask for fewer",
                     CASES);
             struct bench_case *c = &cases[n_cases++];
-            *c = (struct bench_case){.n_query = n_query, .n_key = n_key, .layout = key_layout};
+            *c = (struct bench_case){.shape = *shape};
             c->n_threads = n ? (int)n : default_threads();
             memcpy(c->kernel, kernel, sizeof kernel);
         }
@@ -159,33 +163,82 @@ static int add_case(int64_t n_query, int64_t n_key, int key_layout) {
     return EXIT_FINE;
 }
 
-static int parse_shape(const char *text, int64_t *n_query, int64_t *n_key) {
-    char left[24];
-    size_t length = strcspn(text, "x");
-    snprintf(left, sizeof left, "%.*s", (int)length, text);
-    if (text[length] == 'x' && parse_integer(left, 1, 1 << 20, n_query) &&
-        parse_integer(text + length + 1, 1, (int64_t)1 << 28, n_key))
-        return EXIT_FINE;
-    return refuse("--shape has \"%.40s\"; it should be tokens x keys, such as 64x8192", text);
+/* The whole of an item such as 32x1x~8192 or 1x65536/16, without what follows a slash. */
+static int parse_numbers(const char *text, struct workload_shape *shape) {
+    int64_t numbers[3];
+    int n = 0;
+    char part[24];
+    while (n < 3 && *text) {
+        size_t length = strcspn(text, "x");
+        if (n > 0 && *text == '~' && !strchr(text, 'x'))
+            shape->is_lognormal = 1;
+        snprintf(part, sizeof part, "%.*s", (int)length - shape->is_lognormal,
+                 text + shape->is_lognormal);
+        if (!parse_integer(part, 1, (int64_t)1 << 28, &numbers[n++]))
+            return 0;
+        text += length;
+        text += *text == 'x' && text[1];
+    }
+    if (n < 2 || *text)
+        return 0;
+    shape->n_batch = n == 3 ? numbers[0] : 1;
+    shape->n_query = numbers[n - 2];
+    shape->n_key = numbers[n - 1];
+    return shape->n_query * shape->n_batch <= 1 << 20 && shape->n_batch <= MAX_BATCHES &&
+           shape->n_key * shape->n_batch <= 1 << 28 && (n == 3 || !shape->is_lognormal);
 }
 
-static int add_shape(int64_t n_query, int64_t n_key) {
-    int status = EXIT_FINE;
-    if (layout >= 0)
-        return add_case(n_query, n_key, layout);
-    status = add_case(n_query, n_key, LIDX_BSND);
-    if (!status && n_query == 1)
-        status = add_case(n_query, n_key, LIDX_PA_BSND);
+/* What follows the slash; without one, the layout is -1: still open. */
+static int parse_pages(const char *text, struct workload_shape *shape) {
+    shape->layout_key = shape->n_batch > 1 ? LIDX_TND : layout;
+    shape->block_size = block_size;
+    if (!text)
+        return 1;
+    if (shape->n_batch > 1)
+        return 0;
+    shape->layout_key = strcmp(text, "dense") == 0 ? LIDX_BSND : LIDX_PA_BSND;
+    return shape->layout_key == LIDX_BSND ||
+           (parse_integer(text, 16, 1024, &shape->block_size) && shape->block_size % 16 == 0);
+}
+
+static int parse_shape(const char *text, struct workload_shape *shape) {
+    char numbers[48];
+    const char *slash = strchr(text, '/');
+    size_t length = slash ? (size_t)(slash - text) : strlen(text);
+    snprintf(numbers, sizeof numbers, "%.*s", (int)length, text);
+    *shape = (struct workload_shape){0};
+    if (parse_numbers(numbers, shape) && parse_pages(slash ? slash + 1 : NULL, shape))
+        return EXIT_FINE;
+    return refuse("--shape has \"%.40s\"; it should be tokens x keys, such as 64x8192, 1x65536/16 "
+                  "for pages of 16 keys, or batches x tokens x keys, such as 32x1x~8192",
+                  text);
+}
+
+static int add_shape(struct workload_shape *shape) {
+    int is_open = shape->layout_key < 0, status;
+    if (is_open)
+        shape->layout_key = LIDX_BSND;
+    status = add_case(shape);
+    if (!status && is_open && shape->n_query == 1) {
+        shape->layout_key = LIDX_PA_BSND;
+        status = add_case(shape);
+    }
     return status;
 }
 
+/* Decode from short to long, pages, a few speculative tokens, prefill, and a batch of unequal
+ * lengths beside equal ones. */
+static const char default_shapes[] =
+    "1x512/dense,1x1024/dense,1x2048/dense,1x4096,2x4096,4x4096,8x4096,1x65536,1x65536/16,"
+    "1x1048576,64x8192,64x65536,32x1x8192,32x1x~8192";
+
 static int list_cases(void) {
-    const char *list = shapes ? shapes : "1x4096,1x65536,1x1048576,64x8192";
+    const char *list = shapes ? shapes : default_shapes;
     char item[48];
     int status;
     while ((list = next_item(list, item, sizeof item))) {
-        int64_t n_query, n_key;
-        if ((status = parse_shape(item, &n_query, &n_key)) || (status = add_shape(n_query, n_key)))
+        struct workload_shape shape;
+        if ((status = parse_shape(item, &shape)) || (status = add_shape(&shape)))
             return status;
     }
     if (n_cases == 0)
@@ -195,33 +248,24 @@ static int list_cases(void) {
 
 /* ---- one case -------------------------------------------------------------------------------- */
 
-/* The visible pairs of n causal queries at the end of their context. */
-static double count_pairs(const struct bench_case *c) {
-    double pairs = 0;
-    for (int64_t i = 0; i < c->n_query; i++) {
-        int64_t visible = c->n_key - c->n_query + i + 1;
-        pairs += visible > 0 ? (double)visible : 0;
-    }
-    return pairs;
-}
-
 static int make_workload(struct workload *workload) {
     *workload = (struct workload){.n_heads = n_heads,
                                   .head_dim = head_dim,
                                   .sparse_count = sparse_count,
-                                  .block_size = block_size,
                                   .is_fp16 = dtype,
                                   .seed = (uint64_t)seed};
     for (int i = 0; i < n_cases; i++) {
-        if (cases[i].n_query > workload->max_query)
-            workload->max_query = cases[i].n_query;
-        if (cases[i].n_key > workload->max_key)
-            workload->max_key = cases[i].n_key;
+        const struct workload_shape *shape = &cases[i].shape;
+        if (shape->n_batch * shape->n_query > workload->max_query)
+            workload->max_query = shape->n_batch * shape->n_query;
+        if (shape->n_batch * shape->n_key > workload->max_key)
+            workload->max_key = shape->n_batch * shape->n_key;
     }
     return workload_create(workload);
 }
 
-static int time_case(struct bench_case *c, const struct lidx_args *args) {
+static int time_case(struct bench_case *c, const struct workload *workload) {
+    const struct lidx_args *args = &workload->args;
     struct lidx_options engine = LIDX_OPTIONS_INIT;
     struct lidx_context *context;
     engine.n_threads = c->n_threads;
@@ -236,7 +280,7 @@ static int time_case(struct bench_case *c, const struct lidx_args *args) {
     c->memory = memory_growth(mark);
     snprintf(c->kernel, sizeof c->kernel, "%s",
              kernel_in_use(engine.kernel, args->query->dtype.code));
-    c->pairs = count_pairs(c);
+    c->pairs = workload->pairs;
     c->flop = c->pairs * (double)(n_heads * head_dim * 2);
     struct speed_effort effort = {(int)n_rounds, 1e-3 * (double)round_ms, 0.02};
     int status = speed_measure(context, args, c->kernel, c->n_threads, c->flop, &effort, &c->speed);
@@ -245,17 +289,19 @@ static int time_case(struct bench_case *c, const struct lidx_args *args) {
 }
 
 static int run_case(struct bench_case *c, struct workload *workload) {
-    workload_view(workload, c->n_query, c->n_key, c->layout);
-    return time_case(c, &workload->args);
+    workload_view(workload, &c->shape);
+    return time_case(c, workload);
 }
 
 /* ---- results --------------------------------------------------------------------------------- */
 
 static void case_name(char text[CELL], const struct bench_case *c) {
-    if (c->n_query == 1)
-        snprintf(text, CELL, "decode 1 x %lld", (long long)c->n_key);
-    else
-        snprintf(text, CELL, "prefill %lld x %lld", (long long)c->n_query, (long long)c->n_key);
+    const struct workload_shape *s = &c->shape;
+    char batches[24] = "";
+    if (s->n_batch > 1)
+        snprintf(batches, sizeof batches, "%lld x ", (long long)s->n_batch);
+    snprintf(text, CELL, "%s %s%lld x %s%lld", s->n_query <= 8 ? "decode" : "prefill", batches,
+             (long long)s->n_query, s->is_lognormal ? "~" : "", (long long)s->n_key);
 }
 
 static void print_table(void) {
@@ -271,10 +317,10 @@ static void print_table(void) {
         for (int j = 0; j < 12; j++)
             row[j] = cells[j];
         case_name(cells[0], c);
-        if (c->layout == LIDX_PA_BSND)
-            snprintf(cells[1], CELL, "paged %lld", (long long)block_size);
+        if (c->shape.layout_key == LIDX_PA_BSND)
+            snprintf(cells[1], CELL, "paged %lld", (long long)c->shape.block_size);
         else
-            snprintf(cells[1], CELL, "%s", c->layout == LIDX_TND ? "ragged" : "dense");
+            snprintf(cells[1], CELL, "%s", c->shape.layout_key == LIDX_TND ? "ragged" : "dense");
         snprintf(cells[2], CELL, "%s", c->kernel);
         snprintf(cells[3], CELL, "%d", c->n_threads);
         format_seconds(cells[4], c->speed.seconds);
@@ -312,11 +358,13 @@ static void print_json(void) {
     for (int i = 0; i < n_cases; i++) {
         const struct bench_case *c = &cases[i];
         cJSON *one = cJSON_CreateObject();
-        cJSON_AddNumberToObject(one, "query_tokens", (double)c->n_query);
-        cJSON_AddNumberToObject(one, "keys", (double)c->n_key);
-        cJSON_AddStringToObject(one, "layout_key", layout_names[c->layout]);
-        if (c->layout == LIDX_PA_BSND)
-            cJSON_AddNumberToObject(one, "block_size", (double)block_size);
+        cJSON_AddNumberToObject(one, "batches", (double)c->shape.n_batch);
+        cJSON_AddNumberToObject(one, "query_tokens", (double)c->shape.n_query);
+        cJSON_AddNumberToObject(one, "keys", (double)c->shape.n_key);
+        cJSON_AddStringToObject(one, "lengths", c->shape.is_lognormal ? "lognormal" : "equal");
+        cJSON_AddStringToObject(one, "layout_key", layout_names[c->shape.layout_key]);
+        if (c->shape.layout_key == LIDX_PA_BSND)
+            cJSON_AddNumberToObject(one, "block_size", (double)c->shape.block_size);
         cJSON_AddStringToObject(one, "kernel", c->kernel);
         cJSON_AddNumberToObject(one, "threads", c->n_threads);
         cJSON_AddNumberToObject(one, "calls", c->speed.calls);

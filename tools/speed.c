@@ -47,11 +47,14 @@ int speed_measure(struct lidx_context *context, const struct lidx_args *args, co
                   struct speed *speed) {
     int type = args->query->dtype.code, n = effort->rounds < ROUNDS ? effort->rounds : ROUNDS;
     double seconds[ROUNDS], budget = effort->peak_seconds;
+    /* A slow kernel's long calls end the rounds early, but not before the third. */
+    double end = now() + 4 * n * (effort->round_seconds + 2 * budget);
     *speed = (struct speed){0};
     double one = peak_flops_threads(kernel, type, budget, 1);
     double peak = peak_flops_threads(kernel, type, budget, n_threads), highest = peak;
     speed->peak_before = peak;
-    for (int r = 0; r < n; r++) {
+    int r = 0;
+    for (; r < n && (r < 3 || now() < end); r++) {
         if (time_calls(context, args, effort->round_seconds, speed, &seconds[r]))
             return EXIT_TROUBLE;
         one = larger(one, peak_flops_threads(kernel, type, budget, 1));
@@ -59,7 +62,7 @@ int speed_measure(struct lidx_context *context, const struct lidx_args *args, co
         highest = larger(highest, peak);
     }
     speed->peak_after = peak;
-    speed->seconds = median(seconds, n);
+    speed->seconds = median(seconds, r);
     if (highest > 0) {
         speed->fraction = flop / speed->seconds / highest;
         speed->best_fraction = flop / speed->best / highest;

@@ -21,7 +21,7 @@ struct speed {
 };
 
 struct speed_effort {
-    int rounds;
+    int rounds;           /* at most; three, if calls are long for their round */
     double round_seconds; /* of calls in a round; at least one call is made */
     double peak_seconds;  /* of each peak measurement */
 };
