@@ -139,22 +139,24 @@ class Decode:
 
 
 def medians(runs, repeats, flush):
-    """Seconds of each of several functions, in turns. The flush before each run is longer than
-    enqueueing it, so no gap of the host's is timed."""
-    times = [[] for _ in runs]
+    """Seconds of each of several functions, in turns. All is enqueued before the first is waited
+    for, and each flush is longer than enqueueing what follows it: no gap of the host's is timed."""
+    spans = [[] for _ in runs]
     for run in runs:
         run()
         run()
+    torch.cuda.synchronize()
     for _ in range(repeats):
-        for run, mine in zip(runs, times):
+        for run, mine in zip(runs, spans):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.sum()
             start.record()
             run()
             end.record()
-            torch.cuda.synchronize()
-            mine.append(start.elapsed_time(end) * 1e-3)
-    return [statistics.median(mine) for mine in times]
+            mine.append((start, end))
+    torch.cuda.synchronize()
+    return [statistics.median(start.elapsed_time(end) for start, end in mine) * 1e-3
+            for mine in spans]
 
 
 class Yardstick:
@@ -268,7 +270,12 @@ class Report:
             return None
         run, workspace = self.library.runner(problem, kernel or self.kernel)
         reference, amount = self.yardstick.reference(problem.rate)
-        reference_s, seconds = medians([reference, run], 5 if self.quick else repeats, self.flush)
+        repeats = 5 if self.quick else repeats
+        if absolute:  # microseconds: in what state a gigabyte's copy leaves caches would count
+            reference_s = medians([reference], repeats, self.flush)[0]
+            seconds = medians([run], repeats, self.flush)[0]
+        else:
+            reference_s, seconds = medians([reference, run], repeats, self.flush)
         rate = amount / reference_s
         floor = problem.work / rate
         value = seconds if absolute else seconds / floor

@@ -95,7 +95,7 @@ static void check_data(void) {
         int n_heads, head_dim, top_k, n_batch;
         int64_t n_query, n_key;
     } shapes[] = {
-        {8, 64, 2048, 2, 20, 9000}, {1, 64, 8192, 1, 3, 40000}, {64, 128, 600, 1, 70, 1500},
+        {8, 64, 2048, 2, 20, 9000},  {1, 64, 8192, 1, 3, 40000}, {64, 128, 600, 1, 70, 1500},
         {3, 128, 2048, 1, 2, 70000}, {128, 128, 64, 2, 5, 900},
     };
     int n_shapes = (int)(sizeof shapes / sizeof shapes[0]);

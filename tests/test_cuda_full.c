@@ -41,8 +41,7 @@ static void check_row(const struct setup *s, struct lidx_context *cpu, const int
     alone.key_shape[1] = visible;
     struct lidx_tensor *tensors[4] = {&alone.query, &alone.key, &alone.weights, &alone.indices};
     void *data[4] = {query, key, weights, want};
-    int64_t *shapes[4] = {alone.query_shape, alone.key_shape, alone.weights_shape,
-                          alone.out_shape};
+    int64_t *shapes[4] = {alone.query_shape, alone.key_shape, alone.weights_shape, alone.out_shape};
     for (int i = 0; i < 4; i++) {
         tensors[i]->data = data[i];
         tensors[i]->device.device_type = LIDX_CPU;

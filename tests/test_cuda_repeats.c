@@ -56,8 +56,8 @@ static void check_repeat(struct kernel *kernel) {
         setup_make(&s, packed, form < 2, 2, packed ? 700 : 400, packed ? 6000 : 3500, 64, 128, 2048,
                    form < 2 ? 0 : 64, 100, 60);
         if (form < 2)
-            set_lengths(&s, packed ? ends : each, packed ? (int32_t[]){2500, 6000}
-                                                         : (int32_t[]){2500, 3500});
+            set_lengths(&s, packed ? ends : each,
+                        packed ? (int32_t[]){2500, 6000} : (int32_t[]){2500, 3500});
         else
             set_lengths(&s, packed ? ends : each, (int32_t[]){2500, 3840});
         shuffled_table(table, 2 * 60, 100, &rng);
@@ -86,8 +86,8 @@ static void check_load(struct kernel *kernel) {
         size_t other_size;
         int differing = 0;
         forget();
-        setup_make(&s, 0, 1, paged ? 8 : 1, paged ? 2 : 300, 4000, 64, 128, 512, paged ? 64 : 0, 300,
-                   60);
+        setup_make(&s, 0, 1, paged ? 8 : 1, paged ? 2 : 300, 4000, 64, 128, 512, paged ? 64 : 0,
+                   300, 60);
         setup_make(&other, 0, 0, 1, 512, 6000, 32, 128, 100, 0, 0, 0);
         other.args.actual_seq_lengths_query = other.args.actual_seq_lengths_key = NULL;
         for (int b = 0; b < 8; b++) {

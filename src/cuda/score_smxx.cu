@@ -30,6 +30,7 @@
  */
 #include <cuda_runtime.h>
 
+#include "allow_shared.cuh"
 #include "smxx_sums.cuh"
 
 /* ---- the kernel ------------------------------------------------------------------------------ */
@@ -137,8 +138,8 @@ static __device__ __forceinline__ void run_item(const struct slab *s, const stru
             struct lane_target target = begin_slot(slot);
             float left[HEAD_TILES][2][4], right[HEAD_TILES][2][4];
             uint32_t address = ring_address + read.slot * SLOT_BYTES;
-            multiply_half<T, D>(left, a, address, 0, [](int) {});
-            multiply_half<T, D>(right, a, address, 1, [](int) {});
+            multiply_half<T, D>(left, a, address, 0);
+            multiply_half<T, D>(right, a, address, 1);
             end_slot();
             if (padded)
                 sum_slot<true>(plan, state, left, right, w, heads, sink, target, turn);
@@ -220,8 +221,8 @@ static cudaError_t launch(const struct slab *s, cudaStream_t stream) {
         return cudaErrorInvalidDevice;
     plan.n_slots = slots < SLOTS_MAX ? slots : SLOTS_MAX;
     int bytes = plan.n_slots * SLOT_BYTES + (int)sizeof(struct shared_state);
-    status = cudaFuncSetAttribute((const void *)score_kernel<T, D, ALIGNED, N_OCTETS>,
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    static uint64_t allowed; /* see allow_shared */
+    status = allow_shared((const void *)score_kernel<T, D, ALIGNED, N_OCTETS>, bytes, &allowed);
     if (status)
         return status;
     score_kernel<T, D, ALIGNED, N_OCTETS><<<s->n_sm, THREADS, bytes, stream>>>(*s, plan);

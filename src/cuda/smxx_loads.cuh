@@ -51,7 +51,7 @@ static __device__ __forceinline__ void fill_slot(const struct slab *s, const str
         const unsigned char *source =
             item->keys + id[half] * p->key_batch_stride +
             (int64_t)(key + half * HALF + in - page[half] * p->page_size) * (D * 2) + chunk * 16;
-#pragma unroll
+#pragma unroll(ALIGNED ? HALF : 2) /* more at a time would spill registers */
         for (int r = 0; r < HALF; r += ROWS_AT_ONCE)
             if (there && r < left) {
                 if (ALIGNED)

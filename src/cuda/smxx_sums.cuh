@@ -10,6 +10,35 @@
 
 /* ---- products and sums ----------------------------------------------------------------------- */
 
+/* Where a lane reads the keys of half a slot: chunk t of a row, of the 8 keys from 8n on. */
+template <int D> struct key_reader {
+    uint32_t even_chunks, odd_chunks;
+    __device__ __forceinline__ key_reader(uint32_t slot_address, int half) {
+        int lane = threadIdx.x % 32, odd = lane / 4 & 1;
+        uint32_t from = slot_address + (half * 16 + lane / 4) * (D * 2) + lane % 4 * 16;
+        even_chunks = from + odd * 64;
+        odd_chunks = from - odd * 64;
+    }
+    __device__ __forceinline__ uint4 load(int t, int n) const {
+        return load_shared_16((t % 2 ? odd_chunks : even_chunks) + t * 64 + n * 8 * D * 2);
+    }
+};
+
+/* All heads times 8 keys, 16 dimensions. The first step begins the sums. */
+template <typename T, int D>
+static __device__ __forceinline__ void multiply_step(float (&sums)[HEAD_TILES][2][4],
+                                                     const uint32_t (&a)[HEAD_TILES][D / 16][4],
+                                                     int step, int n, uint32_t b0, uint32_t b1) {
+    const uint32_t b[2] = {b0, b1};
+    const float zero[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int m = 0; m < HEAD_TILES; m++)
+        if (step == 0)
+            matrix_multiply<T>(sums[m][n], a[m][0], b, zero);
+        else
+            matrix_multiply<T>(sums[m][n], a[m][step], b, sums[m][n]);
+}
+
 /* Half a slot: sums[m][n] has heads 16m + lane / 4 (+ 8 for elements 2, 3) and keys 16 half + 8n +
  * lane % 4 * 2 + {0, 1}. `beside(t)` is called at each of D / 32 steps: other work, which then is
  * issued between products. */
@@ -18,35 +47,37 @@ static __device__ __forceinline__ void multiply_half(float (&sums)[HEAD_TILES][2
                                                      const uint32_t (&a)[HEAD_TILES][D / 16][4],
                                                      uint32_t slot_address, int half,
                                                      Beside beside) {
-    int lane = threadIdx.x % 32, odd = lane / 4 & 1;
-    uint32_t from = slot_address + (half * 16 + lane / 4) * (D * 2) + lane % 4 * 16;
-    uint32_t even_chunks = from + odd * 64, odd_chunks = from - odd * 64;
-    const float zero[4] = {0, 0, 0, 0};
+    key_reader<D> keys(slot_address, half);
 #pragma unroll
     for (int t = 0; t < D / 32; t++) {
         uint4 x[2];
 #pragma unroll
         for (int n = 0; n < 2; n++)
-            x[n] = load_shared_16((t % 2 ? odd_chunks : even_chunks) + t * 64 + n * 8 * D * 2);
+            x[n] = keys.load(t, n);
 #pragma unroll
-        for (int n = 0; n < 2; n++) {
-            const uint32_t b[2] = {x[n].x, x[n].y};
-#pragma unroll
-            for (int m = 0; m < HEAD_TILES; m++)
-                if (t == 0)
-                    matrix_multiply<T>(sums[m][n], a[m][0], b, zero);
-                else
-                    matrix_multiply<T>(sums[m][n], a[m][2 * t], b, sums[m][n]);
-        }
+        for (int n = 0; n < 2; n++)
+            multiply_step<T, D>(sums, a, 2 * t, n, x[n].x, x[n].y);
         beside(t);
 #pragma unroll
-        for (int n = 0; n < 2; n++) {
-            const uint32_t b[2] = {x[n].z, x[n].w};
-#pragma unroll
-            for (int m = 0; m < HEAD_TILES; m++)
-                matrix_multiply<T>(sums[m][n], a[m][2 * t + 1], b, sums[m][n]);
-        }
+        for (int n = 0; n < 2; n++)
+            multiply_step<T, D>(sums, a, 2 * t + 1, n, x[n].z, x[n].w);
     }
+}
+
+/* The same sums without other work, in an order that wants fewer registers. */
+template <typename T, int D>
+static __device__ __forceinline__ void multiply_half(float (&sums)[HEAD_TILES][2][4],
+                                                     const uint32_t (&a)[HEAD_TILES][D / 16][4],
+                                                     uint32_t slot_address, int half) {
+    key_reader<D> keys(slot_address, half);
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+#pragma unroll
+        for (int t = 0; t < D / 32; t++) {
+            uint4 x = keys.load(t, n);
+            multiply_step<T, D>(sums, a, 2 * t, n, x.x, x.y);
+            multiply_step<T, D>(sums, a, 2 * t + 1, n, x.z, x.w);
+        }
 }
 
 /* Weighted sums of a thread's heads, for the queries of a group of N_OCTETS octets each and the
