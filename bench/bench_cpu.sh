@@ -2,14 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # What the CPU operator does on this machine, in about a minute: near its limits
-# (bench_cpu_limits.c), and beside torch if python3 has it (bench_cpu_torch.py). Needs a C compiler,
-# neither CMake nor cJSON. Prints, and writes NAME.txt and, with torch, NAME.json.
+# (bench_cpu_limits.c), and beside torch if python3 has it (bench_cpu_torch.py; torch.compile takes
+# minutes more). Needs a C compiler, neither CMake nor cJSON. Prints, and writes NAME.txt and, with
+# torch, NAME.json.
 #
-#     sh bench/bench_cpu.sh bench/results/NAME [threads]
+#     sh bench/bench_cpu.sh bench/results/NAME [threads [options of bench_cpu_torch.py]]
+#     sh bench/bench_cpu.sh bench/results/NAME 16 --no-compile
 set -eu
 here=$(cd "$(dirname "$0")/.." && pwd)
 name=${1:?say where to write: bench/results/NAME}
 threads=${2:-$(nproc)}
+shift $(($# < 2 ? $# : 2))
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 build() {
@@ -24,6 +27,6 @@ build bench/bench_cpu_limits.c tools/peak.c -o "$work/limits"
     "$work/limits" "$threads" 250
     if python3 -c 'import torch' 2> /dev/null; then
         python3 "$here/bench/bench_cpu_torch.py" --library "$work/liblightning_indexer.so" \
-            --threads "$threads" --seconds 2 --out "$name.json"
+            --threads "$threads" --seconds 2 --out "$name.json" "$@"
     fi
 } 2>&1 | tee "$name.txt"

@@ -212,7 +212,7 @@ static double turn(struct lidx_context *context, struct shape *s) {
     int n = 0;
     do
         call(context, s);
-    while (now() - begin < 0.02);
+    while (now() - begin < 0.01);
     begin = now();
     do
         seconds[n++] = call(context, s);
@@ -250,20 +250,24 @@ static void speed_up(const char *name, struct shape s, int threads) {
     lidx_destroy(context[1]);
 }
 
-static void decode(int n_keys, int threads) {
-    struct lidx_context *context[8];
-    struct shape s[8];
-    double middle[8], best[8];
-    int n = 0;
-    for (int t = 1; t <= threads && n < 8; t *= 2) {
-        context[n] = context_of(t);
-        s[n++] = one_batch(1, n_keys);
-    }
-    take_turns(context, s, n, middle, best);
-    printf("1 x %-6d us by 1, 2, 4 ... threads:", n_keys);
-    for (int i = 0; i < n; i++) {
-        printf(" %.1f (%.1f)", middle[i] * 1e6, best[i] * 1e6);
-        lidx_destroy(context[i]);
+/* One number of threads after the other, not in turns: new threads take a while to spread. */
+static void decode(int threads) {
+    printf("one token, us by keys:");
+    for (int n = 512; n <= 65536; n *= 2)
+        printf("%9d", n);
+    for (int t = 1; t <= threads; t *= 2) {
+        struct lidx_context *context = context_of(t);
+        printf("\n%3d threads           ", t);
+        for (int n = 512; n <= 65536; n *= 2) {
+            struct shape s = one_batch(1, n);
+            double seconds[5], begin = now();
+            while (n == 512 && now() - begin < patience)
+                call(context, &s);
+            for (int i = 0; i < 5; i++)
+                seconds[i] = turn(context, &s);
+            printf("%9.1f", median(seconds, 5) * 1e6);
+        }
+        lidx_destroy(context);
     }
     printf("\n");
 }
@@ -310,8 +314,7 @@ int main(int argc, char **argv) {
     one_thread("64 x 8192", 64, 8192);
     one_thread("1 x 8192", 1, 8192);
     one_thread("1 x 4096", 1, 4096);
-    for (int n = 512; n <= 65536; n *= 2)
-        decode(n, threads);
+    decode(threads);
     struct shape causal = one_batch(512, 8192);
     causal.mode = LIDX_MODE_CAUSAL;
     speed_up("64 x 8192", one_batch(64, 8192), threads);
