@@ -15,7 +15,7 @@ MAKEFLAGS += --no-print-directory
 help:
 	@echo "make demo        build, and see the operator choose keys on a 32K-token context"
 	@echo "make test        build and run every test that this machine can"
-	@echo "make bench       time the operator beside its peak and beside torch; bench/results/RESULT.json"
+	@echo "make bench       time the operator beside its peak, torch, oneDNN and libxsmm; bench/results/"
 	@echo "make campaign    the long tests: sanitizers, fuzzing, 50,000 random cases"
 	@echo "make install     PREFIX=/usr/local, through CMake"
 
@@ -64,13 +64,16 @@ test-aarch64:
 campaign: all
 	sh tests/campaign.sh long
 
-# RESULT names this machine's result files.
+# RESULT names this machine's result files. oneDNN and libxsmm take part if they are installed:
+# apt-get install libdnnl-dev libxsmm-dev
 RESULT ?= local
 bench: all $(VENV)/ready
+	cmake --build $(BUILD) -j $(JOBS) --target bench_cpu_rivals
 	$(BUILD)/tools/lidx bench --json > bench/results/$(RESULT).json
+	$(BUILD)/bench/bench_cpu_rivals --out bench/results/$(RESULT)-rivals.json
 	$(VENV)/bin/python bench/bench_cpu_torch.py --library $(BUILD)/liblightning_indexer.so \
 	    --seconds 2 --out bench/results/$(RESULT)-torch.json
-	$(VENV)/bin/python bench/plot_results.py bench/results
+	$(VENV)/bin/python bench/plot_results.py bench/results $(RESULT)
 
 install: all
 	cmake --install $(BUILD) --prefix $(or $(PREFIX),/usr/local)
