@@ -32,6 +32,7 @@
     } while (0)
 
 static long passed, failed;
+static int32_t compute = 90; /* 80: without clusters */
 
 /* ---- data ------------------------------------------------------------------------------------ */
 
@@ -264,7 +265,7 @@ static void run_case(const struct test_case &c, int launches) {
     s.scores_stride = stride;
     s.scratch = scratch;
     s.n_sm = c.n_sm;
-    s.compute = 90;
+    s.compute = compute;
     long before = failed;
     for (int turn = 0; turn < launches; turn++) {
         MUST(cudaMemset(p->indices, 0x5A, rows * k * 4));
@@ -354,6 +355,15 @@ static void check_layouts(int32_t n_sm) {
     run_case(plain, 2);
 }
 
+/* Few rows that leave the device idle: a cluster of blocks each, or blocks that never meet. */
+static void check_few(const std::vector<int32_t> &lengths, int64_t n_key, int top_k) {
+    const int32_t many = 4096; /* multiprocessors: always split */
+    check_lengths(lengths, n_key, top_k, many, 3);
+    compute = 80;
+    check_lengths(lengths, n_key, top_k, many, 3);
+    compute = 90;
+}
+
 static void check(int32_t n_sm, int full) {
     static const int32_t ks[] = {1, 7, 64, 512, 1000, 2047, 2048, 2049, 4096, 8192};
     int32_t few = 1, many = 4096; /* never split; always split */
@@ -366,7 +376,7 @@ static void check(int32_t n_sm, int full) {
             continue;
         check_lengths({0, 1, k - 1, k, k + 1, 4096, 5003, 8192}, 8192, k, n_sm, 3);
         check_lengths({8191, 8193, 12345, 20000}, 20000, k, few, 3);
-        check_lengths({8191, 8193, 12345, 20000}, 20000, k, many, 3);
+        check_few({8191, 8193, 12345, 20000}, 20000, k);
         if (full) {
             check_lengths({65536, 50001, 3000, 131072}, 131072, k, few, 3);
             check_lengths({65536, 50001, 3000, 131072}, 131072, k, many, 3);
@@ -377,6 +387,7 @@ static void check(int32_t n_sm, int full) {
         check_lengths({1048576, 1000003}, 1048576, 2048, few, 2);
         check_lengths({1048576, 1000003}, 1048576, 2048, many, 2);
         check_lengths({1048576}, 1048576, 8192, n_sm, 2);
+        check_few({131071}, 131071, 2048);
         for (int kind = 0; kind < DATA_KINDS; kind++) { /* the crowd kernel, causal */
             struct test_case c = {kind, {}, {}, 1, 700, 8192, 0, 3, 2048, DTYPE_F32, n_sm, 300, 0};
             run_case(c, 3);
@@ -395,9 +406,15 @@ static void check_small(int32_t n_sm) {
         run_case(c, 1);
         c.n_sm = 4096;
         run_case(c, 1);
+        compute = 80;
+        run_case(c, 1);
+        compute = 90;
         c.top_k = 4096;
         run_case(c, 1);
     }
+    /* A cluster one block of which has all candidates, more than it can deal. */
+    struct test_case rising = {7, {}, {}, 1, 1, 65536, 0, 3, 2048, DTYPE_F32, 4096, 0, 0};
+    run_case(rising, 1);
     struct test_case crowd = {0, {}, {}, 1, 140, 9000, 0, 3, 64, DTYPE_F32, n_sm, 0, 0};
     run_case(crowd, 1);
 }

@@ -7,26 +7,25 @@
  * a 64-bit number that no two keys of a row share. All that follows works on these numbers, so the
  * order in which threads arrive anywhere never shows in the result.
  *
- * Every path ends the same way: a list of at most LIST candidates in shared memory that contains
- * the winners (feed_*), ordered by expected rank (order), written (write_row). The paths differ in
- * how the list is found:
+ * Every path but one ends the same way: a list of at most LIST candidates in shared memory that
+ * contains the winners (feed_*), ordered by expected rank (order), written (write_row). The paths
+ * differ in how the list is found:
  *   feed_short   rows of up to SHORT keys: held in registers, read once, threshold by histogram
  *   feed_long    longer rows: threshold from a sample of the row, then one streaming pass
- *   feed_cluster few rows, SM90 on: as feed_short, with the registers of a cluster of blocks
+ *   feed_cluster few rows, SM90 on, of uneven data: as feed_short, with a cluster of blocks
  *   split_kernel few long rows: as feed_long, but several blocks per row; the last to arrive orders
  *   exact_select any row, any data: up to three histogram passes and one that collects
- * The last is where the others go when the data defeats them.
+ * The last is where the others go when the data defeats them. The one is deal_row: few rows, SM90
+ * on, even data; there a cluster's blocks order and write a part of the row each.
  *
- * topk_block.cuh holds what a block works with, topk_order.cuh the ordering, topk_feed.cuh and
- * topk_cluster.cuh all that fills the list, topk_row.cuh how a row begins and ends; the other kernels
- * and what launches them are here.
+ * topk_block.cuh holds what a block works with, topk_order.cuh the ordering, topk_feed.cuh what
+ * fills the list, topk_cluster.cuh all that a cluster does, topk_row.cuh how a row begins and ends;
+ * the other kernels and what launches them are here.
  */
 #include <cuda_runtime.h>
 
-#include "topk_row.cuh"
-#ifdef __CUDACC__ /* not where a test emulates single blocks */
 #include "topk_cluster.cuh"
-#endif
+#include "topk_row.cuh"
 
 /* ---- kernels --------------------------------------------------------------------------------- */
 
@@ -281,14 +280,9 @@ static uint32_t slab_blocks(const struct slab *s) {
 /* Whether a cluster takes each row: it must hold the longest, and all must find room at once. More
  * than half of the device is not to be had in clusters. */
 static bool by_cluster(const struct slab *s) {
-#ifdef __CUDACC__
     int64_t rows = s->row_end - s->row_begin, keys = slab_keys(s);
     return s->compute >= 90 && keys > SHORT && keys <= CLUSTER_KEYS && s->p.top_k <= SMALL_K &&
            rows * CLUSTER * 2 <= s->n_sm;
-#else
-    (void)s;
-    return false;
-#endif
 }
 
 int lidx_prepare_topk(const struct slab *s, void *stream) {
@@ -317,12 +311,10 @@ int lidx_launch_topk(const struct slab *s, void *stream) {
         return cudaSuccess;
     if (s->p.top_k > SMALL_K)
         return start_blocks<large_sizes, row_kernel<large_sizes, 1>>(&l, rows, on);
-#ifdef __CUDACC__
     if (by_cluster(s))
         return start<alone, cluster_kernel<alone>>(&l, rows * CLUSTER,
                                                    sizeof(struct cluster_shared<alone>), CLUSTER,
                                                    on);
-#endif
     if (l.blocks > 1) {
         cudaError_t e = s->prepared ? cudaSuccess : (cudaError_t)lidx_prepare_topk(s, stream);
         if (e != cudaSuccess)

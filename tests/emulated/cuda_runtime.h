@@ -1,11 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Just enough of CUDA, on one CPU thread, to run the selection kernels where there is no GPU: one
- * block at a time, its threads as fibers that switch at barriers and warp operations. The order of
- * blocks, of warps and of lanes is random, so that a missing barrier is likely to show; a warp
- * that splits at a collective, a barrier that some threads miss, and a deadlock end the program.
- * Clusters of blocks it does not have, and the code that uses them is left out.
- * What it cannot show: races between lanes of one warp, the memory model, speed.
+ * block or cluster at a time, its threads as fibers that switch at barriers and warp operations.
+ * The order of blocks, of warps and of lanes is random, so that a missing barrier is likely to
+ * show; a warp that splits at a collective, a barrier that some threads miss, and a deadlock end
+ * the program. What it cannot show: races between lanes of one warp, the memory model, speed.
  *
  *     g++ -std=c++17 -O2 -U_FORTIFY_SOURCE -x c++ -Itests/emulated tests/test_topk.cu \
  *         src/cuda/topk.cu -o test_topk && ./test_topk quick
@@ -49,7 +48,7 @@ static inline float4 make_float4(float a, float b, float c, float d) { return {a
 
 /* ---- fibers ---------------------------------------------------------------------------------- */
 
-enum emulated_state { RUNS, AT_BARRIER, AT_WARP, ENDED };
+enum emulated_state { RUNS, AT_BARRIER, AT_WARP, AT_CLUSTER, ENDED };
 
 struct emulated_thread {
     ucontext_t start;
@@ -57,12 +56,19 @@ struct emulated_thread {
     bool started;
     unsigned number;
     emulated_state state;
-    uint64_t value; /* what it shows to its warp */
+    unsigned arrivals, waits; /* at the cluster's barrier */
+    uint64_t value;           /* what it shows to its warp */
 };
 
-enum { EMULATED_SHARED = 99 << 10, EMULATED_STACK = 128 << 10, EMULATED_LANES = 32 };
-alignas(256) inline uint4 dynamic_shared[EMULATED_SHARED / 16];
-inline std::vector<emulated_thread> emulated_threads;
+/* Shared memory of a block: what every GPU has, or what those with clusters have. */
+enum { EMULATED_SHARED = 99 << 10, EMULATED_CLUSTER_SHARED = 227 << 10, EMULATED_CLUSTER = 8 };
+enum { EMULATED_STACK = 128 << 10, EMULATED_LANES = 32 };
+struct emulated_memory { alignas(256) uint4 words[EMULATED_CLUSTER_SHARED / 16]; };
+inline emulated_memory emulated_memories[EMULATED_CLUSTER];
+inline uint4 (*emulated_shared)[]; /* of the block that runs */
+#define dynamic_shared (*emulated_shared)
+inline std::vector<emulated_thread> emulated_threads; /* of the cluster */
+inline unsigned emulated_block_threads;
 inline emulated_thread *emulated_now;
 inline jmp_buf emulated_scheduler;
 inline dim3 emulated_block;
@@ -96,7 +102,7 @@ inline void emulated_enter(emulated_thread *t) {
     setcontext(&t->start);
 }
 
-/* Runs a warp until all its lanes wait at a barrier or have ended. */
+/* Runs a warp until all its lanes wait at a block's or cluster's barrier or have ended. */
 inline void emulated_run_warp(emulated_thread *warp) {
     for (;;) {
         int first = rand() % EMULATED_LANES, collective = 0;
@@ -115,38 +121,81 @@ inline void emulated_run_warp(emulated_thread *warp) {
     }
 }
 
-inline void emulated_run_block(unsigned n_threads) {
+/* Runs a block until it waits for its cluster or has ended; or, to mix the blocks of a cluster, now
+ * and then only to the next barrier. */
+inline void emulated_run_block(unsigned rank, bool alone) {
+    unsigned n_threads = emulated_block_threads, n_warps = n_threads / EMULATED_LANES;
+    emulated_thread *threads = &emulated_threads[rank * n_threads];
+    emulated_shared = (uint4 (*)[])emulated_memories[rank].words;
+    for (;;) {
+        unsigned first = (unsigned)rand() % n_warps, in[ENDED + 1] = {0};
+        for (unsigned i = 0; i < n_warps; i++)
+            emulated_run_warp(threads + (first + i) % n_warps * EMULATED_LANES);
+        for (unsigned i = 0; i < n_threads; i++)
+            in[threads[i].state]++;
+        if (in[ENDED] == n_threads || in[AT_CLUSTER] == n_threads)
+            return;
+        if (in[AT_BARRIER] != n_threads)
+            emulated_stop("some threads miss a barrier");
+        for (unsigned i = 0; i < n_threads; i++)
+            threads[i].state = RUNS;
+        if (!alone && rand() % 2)
+            return;
+    }
+}
+
+/* Lets those go on for whose wait all threads that have not ended have arrived. */
+inline bool emulated_open_cluster(void) {
+    unsigned arrivals = ~0u;
+    bool some = false;
+    for (emulated_thread &t : emulated_threads)
+        if (t.state != ENDED)
+            arrivals = std::min(arrivals, t.arrivals);
+    for (emulated_thread &t : emulated_threads)
+        if (t.state == AT_CLUSTER && t.waits <= arrivals) {
+            t.state = RUNS;
+            some = true;
+        }
+    return some;
+}
+
+inline void emulated_run_cluster(unsigned first_block, unsigned cluster, unsigned n_threads) {
     static std::vector<char *> stacks;
-    while (stacks.size() < n_threads)
+    while (stacks.size() < n_threads * cluster)
         stacks.push_back((char *)malloc(EMULATED_STACK));
-    emulated_threads.resize(n_threads);
-    memset(dynamic_shared, 0xA5, sizeof dynamic_shared);
-    for (unsigned i = 0; i < n_threads; i++) {
+    emulated_block_threads = n_threads;
+    emulated_threads.resize(n_threads * cluster);
+    for (unsigned i = 0; i < n_threads * cluster; i++) {
         emulated_thread *t = &emulated_threads[i];
-        t->number = i;
+        t->number = i % n_threads;
         t->state = RUNS;
         t->started = false;
+        t->arrivals = t->waits = 0;
         getcontext(&t->start);
         t->start.uc_stack.ss_sp = stacks[i];
         t->start.uc_stack.ss_size = EMULATED_STACK;
         t->start.uc_link = NULL;
         makecontext(&t->start, emulated_entry, 0);
     }
-    unsigned n_warps = n_threads / EMULATED_LANES;
+    for (unsigned i = 0; i < cluster; i++)
+        memset(emulated_memories[i].words, 0xA5, sizeof emulated_memories[i].words);
     for (;;) {
-        unsigned first = (unsigned)rand() % n_warps, waiting = 0, ended = 0;
-        for (unsigned i = 0; i < n_warps; i++)
-            emulated_run_warp(&emulated_threads[(first + i) % n_warps * EMULATED_LANES]);
-        for (emulated_thread &t : emulated_threads) {
-            waiting += t.state == AT_BARRIER;
-            ended += t.state == ENDED;
+        unsigned first = (unsigned)rand() % cluster;
+        bool runs = false, ended = true;
+        for (unsigned i = 0; i < cluster; i++) {
+            unsigned rank = (first + i) % cluster;
+            emulated_state state = emulated_threads[rank * n_threads].state;
+            ended &= state == ENDED;
+            if (state != RUNS)
+                continue;
+            emulated_block = dim3(first_block + rank);
+            emulated_run_block(rank, cluster == 1);
+            runs = true;
         }
-        if (ended == n_threads)
+        if (ended)
             return;
-        if (waiting != n_threads)
-            emulated_stop("some threads miss a barrier");
-        for (emulated_thread &t : emulated_threads)
-            t.state = RUNS;
+        if (!runs && !emulated_open_cluster())
+            emulated_stop("a cluster waits for ever");
     }
 }
 
@@ -164,7 +213,7 @@ template <class T, class Take> static inline T emulated_warp(T x, Take take) {
     emulated_now->value = x;
     emulated_leave(AT_WARP);
     unsigned lane = emulated_now->number % EMULATED_LANES;
-    const emulated_thread *warp = &emulated_threads[emulated_now->number - lane];
+    const emulated_thread *warp = emulated_now - lane;
     T y = (T)take(warp, lane);
     emulated_leave(AT_WARP);
     return y;
@@ -263,19 +312,50 @@ static inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t select) {
 using std::max;
 using std::min;
 
+/* ---- the cluster ----------------------------------------------------------------------------- */
+
+static inline uint32_t cluster_rank(void) {
+    return (uint32_t)((size_t)(emulated_now - &emulated_threads[0]) / emulated_block_threads);
+}
+static inline void cluster_arrive(void) { emulated_now->arrivals++; }
+static inline void cluster_wait(void) {
+    emulated_now->waits++;
+    emulated_leave(AT_CLUSTER);
+}
+
+/* An address: the block, and where in its memory. */
+static inline uint32_t remote(const void *here, uint32_t rank) {
+    size_t at = (size_t)((const char *)here - (const char *)*emulated_shared);
+    if (rank >= EMULATED_CLUSTER || at >= EMULATED_CLUSTER_SHARED)
+        emulated_stop("no shared address");
+    return rank << 20 | (uint32_t)at;
+}
+template <class T> static inline T *emulated_there(uint32_t address) {
+    return (T *)((char *)emulated_memories[address >> 20].words + (address & 0xFFFFF));
+}
+static inline uint4 remote_load4(uint32_t address) { return *emulated_there<uint4>(address); }
+static inline void remote_store(uint32_t address, uint64_t x) {
+    *emulated_there<uint64_t>(address) = x;
+}
+static inline uint32_t remote_add(uint32_t address, uint32_t x) {
+    return atomicAdd(emulated_there<uint32_t>(address), x);
+}
+static inline void remote_count(uint32_t address, uint32_t x) { remote_add(address, x); }
+
 /* ---- what the host calls --------------------------------------------------------------------- */
 
 typedef int cudaError_t;
 typedef void *cudaStream_t;
 enum { cudaSuccess = 0, cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum { cudaLaunchAttributeClusterDimension = 4, cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+enum { cudaLaunchAttributeClusterDimension = 4 };
+enum { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 
 struct cudaLaunchAttribute {
     int id;
     struct {
         int programmaticStreamSerializationAllowed;
-        dim3 clusterDim;
+        struct { unsigned x, y, z; } clusterDim;
     } val;
 };
 struct cudaLaunchConfig_t {
@@ -290,18 +370,22 @@ struct cudaLaunchConfig_t {
 static inline cudaError_t emulated_launch(const cudaLaunchConfig_t *c, const void *kernel,
                                           void **arguments,
                                           void (*call)(const void *, void **)) {
-    if (c->dynamicSmemBytes > sizeof dynamic_shared)
+    unsigned cluster = 1;
+    for (unsigned i = 0; i < c->numAttrs; i++)
+        if (c->attrs[i].id == cudaLaunchAttributeClusterDimension)
+            cluster = c->attrs[i].val.clusterDim.x;
+    if (c->dynamicSmemBytes > (cluster > 1 ? EMULATED_CLUSTER_SHARED : EMULATED_SHARED))
         emulated_stop("more shared memory than every supported GPU has");
+    if (cluster > EMULATED_CLUSTER || c->gridDim.x % cluster)
+        emulated_stop("no such cluster");
     emulated_call = call;
     emulated_kernel = kernel;
     emulated_arguments = arguments;
-    std::vector<unsigned> order(c->gridDim.x);
-    for (unsigned i = 0; i < c->gridDim.x; i++)
+    std::vector<unsigned> order(c->gridDim.x / cluster);
+    for (unsigned i = 0; i < order.size(); i++)
         std::swap(order[i] = i, order[(unsigned)rand() % (i + 1)]);
-    for (unsigned b : order) {
-        emulated_block = dim3(b);
-        emulated_run_block(c->blockDim.x);
-    }
+    for (unsigned i : order)
+        emulated_run_cluster(i * cluster, cluster, c->blockDim.x);
     return cudaSuccess;
 }
 
