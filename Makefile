@@ -73,6 +73,8 @@ bench: all $(VENV)/ready
 	$(BUILD)/bench/bench_cpu_rivals --out bench/results/$(RESULT)-rivals.json
 	$(VENV)/bin/python bench/bench_cpu_torch.py --library $(BUILD)/liblightning_indexer.so \
 	    --seconds 2 --out bench/results/$(RESULT)-torch.json
+	$(VENV)/bin/python bench/bench_cpu_torch.py --library $(BUILD)/liblightning_indexer.so --threads 1 \
+	    --case hot --case "64 x" --seconds 2 --out bench/results/$(RESULT)-torch-1.json
 	$(VENV)/bin/python bench/plot_results.py bench/results $(RESULT)
 
 install: all

@@ -6,8 +6,8 @@
 A file's content tells what it is: bars of how many times torch eager takes the operator's time
 (bench_cuda.py, bench_cpu_torch.py), of the fraction of peak (lidx bench --json), or, for
 NAME-rivals.json (bench_cpu_rivals), groups of bars of the fraction of peak that the operator and its
-rivals reach, torch among them if NAME-torch.json or NAME.json has it. With names, only NAME.json,
-NAME-rivals.json and NAME-torch.json.
+rivals reach, torch among them if NAME-torch*.json or NAME.json has it. With names, only NAME.json
+and NAME-rivals.json.
 """
 
 import json
@@ -28,7 +28,6 @@ TITLES = {
     "xeon-emerald-rapids-rivals": "Xeon with AMX, bf16, 64 heads x 128, top 2048 in order",
     "zen4": "Zen 4 (AVX-512 BF16), bf16, 64 heads x 128, top 2048",
     "zen4-rivals": "Zen 4 (AVX-512 BF16), bf16, 64 heads x 128, top 2048 in order",
-    "zen4-torch": "Zen 4 (AVX-512 BF16), bf16, 64 heads x 128, top 2048 in order",
     "zen4-fp32-kernels": "Zen 4, AVX2 and AVX-512 without BF16, 64 heads x 128, top 2048",
 }
 
@@ -65,8 +64,8 @@ def times(ratio):
 def torch_sides(directory, name):
     """By (tokens, keys, threads) what bench_cpu_torch.py has: [(side, times our time)]."""
     sides = {}
-    for path in (directory / f"{name}-torch.json", directory / f"{name}.json"):
-        data = json.loads(path.read_text()) if path.exists() else {}
+    for path in [*directory.glob(f"{name}-torch*.json"), *directory.glob(f"{name}.json")]:
+        data = json.loads(path.read_text())
         if "torch" not in data:
             continue
         for c in data["cases"]:
@@ -75,7 +74,6 @@ def torch_sides(directory, name):
                 found = [("torch eager", c["ratio"]), ("torch.compile", c.get("compiled_ratio"))]
                 key = int(tokens), int(keys), data["threads"]
                 sides[key] = [(side, ratio) for side, ratio in found if ratio]
-        break
     return sides
 
 
@@ -168,9 +166,9 @@ def draw_file(path):
 
 def main():
     directory = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "bench/results")
-    wanted = [f"{name}{part}" for name in sys.argv[2:] for part in ("", "-rivals", "-torch")]
+    wanted = [f"{name}{part}" for name in sys.argv[2:] for part in ("", "-rivals")]
     for path in sorted(directory.glob("*.json")):
-        if not wanted or path.stem in wanted:
+        if path.stem in wanted or not (wanted or "-torch" in path.stem):
             draw_file(path)
 
 
