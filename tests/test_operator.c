@@ -278,12 +278,13 @@ static void check_denormal_scores(struct kernel *kernel, int is_bf16) {
 static void check_one_place(struct kernel *kernel, int n_key, int first, int repeats) {
     enum { HEADS = 32, D = 64, N = 16000, K = 100, BEST = 120, THREADS = 2 };
     static uint16_t query[HEADS * D], key[N * D];
-    static float weights[HEADS], values[2][K];
+    static float weights[HEADS], loud[HEADS], values[2][K];
     static int32_t indices[2][K];
     struct rng rng = rng_seed((uint64_t)first);
     for (int h = 0; h < HEADS; h++) {
         query[h * D] = query[h * D + 1] = test_to_bf16(1);
         weights[h] = h % 2 ? 0.5f : 1;
+        loud[h] = 1024 * weights[h];
     }
     for (int j = 0; j < n_key; j++) {
         key[j * D] = test_to_bf16((float)rng_below(&rng, 100));
@@ -297,6 +298,10 @@ static void check_one_place(struct kernel *kernel, int n_key, int first, int rep
     c.indices = indices[1], c.values = values[1];
     for (int repeat = 0; repeat < repeats; repeat++)
         for (int threads = THREADS; threads < N_THREADS; threads++) {
+            /* Leaves higher scores behind in the context's memory, which must not be seen. */
+            c.weights = loud;
+            run_case(&c, kernel, 1, threads, K);
+            c.weights = weights;
             run_case(&c, kernel, 1, threads, K);
             CHECK(memcmp(indices[0], indices[1], sizeof indices[0]) == 0 &&
                       memcmp(values[0], values[1], sizeof values[0]) == 0,
