@@ -372,6 +372,9 @@ static void check_many_empty_batches(void) {
     int got = lidx_run(context, &c.args);
     CHECK(got == LIDX_OK && outputs_untouched(&c), "2^40 batches without tokens: %s",
           lidx_status_name(got));
+    /* Their keys, were there any to speak of, would be 2^77 elements. */
+    c.shape[K][1] = INT32_MAX;
+    refuse(context, &c, LIDX_ERR_SHAPE, "key", "more elements than 64 bits address");
 }
 
 int main(void) {
