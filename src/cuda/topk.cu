@@ -12,11 +12,11 @@
  * differ in how the list is found:
  *   feed_short   rows of up to SHORT keys: held in registers, read once, threshold by histogram
  *   feed_long    longer rows: threshold from a sample of the row, then one streaming pass
- *   feed_cluster few rows, SM90 on, of uneven data: as feed_short, with a cluster of blocks
+ *   feed_cluster few rows, SM90 to 110, of uneven data: as feed_short, with a cluster of blocks
  *   split_kernel few long rows: as feed_long, but several blocks per row; the last to arrive orders
  *   exact_select any row, any data: up to three histogram passes and one that collects
  * The last is where the others go when the data defeats them. The one is deal_row: few rows, SM90
- * on, even data; there a cluster's blocks order and write a part of the row each.
+ * to 110, even data; there a cluster's blocks order and write a part of the row each.
  *
  * topk_block.cuh holds what a block works with, topk_order.cuh the ordering, topk_feed.cuh what
  * fills the list, topk_cluster.cuh all that a cluster does, topk_row.cuh how a row begins and ends;
@@ -278,11 +278,12 @@ static uint32_t slab_blocks(const struct slab *s) {
 }
 
 /* Whether a cluster takes each row: it must hold the longest, and all must find room at once. More
- * than half of the device is not to be had in clusters. */
+ * than half of the device is not to be had in clusters. From 12.0 on a block has 99 KiB of shared
+ * memory, half of what it would need. */
 static bool by_cluster(const struct slab *s) {
     int64_t rows = s->row_end - s->row_begin, keys = slab_keys(s);
-    return s->compute >= 90 && keys > SHORT && keys <= CLUSTER_KEYS && s->p.top_k <= SMALL_K &&
-           rows * CLUSTER * 2 <= s->n_sm;
+    return s->compute >= 90 && s->compute < 120 && keys > SHORT && keys <= CLUSTER_KEYS &&
+           s->p.top_k <= SMALL_K && rows * CLUSTER * 2 <= s->n_sm;
 }
 
 int lidx_prepare_topk(const struct slab *s, void *stream) {
