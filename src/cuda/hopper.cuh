@@ -52,17 +52,51 @@ static __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t p
                  : "memory");
 }
 
+static __device__ __forceinline__ void prefetch_to_l2(const void *pointer) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
+}
+
 static __device__ __forceinline__ void tma_prefetch_map(const CUtensorMap *map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+/* What L2 does with lines that an access touches: gives them up before others, or after them. */
+enum keep { KEEP_NORMAL, KEEP_SHORT, KEEP_LONG };
+
+template <enum keep KEEP> static __device__ __forceinline__ uint64_t cache_policy() {
+    uint64_t policy = 0;
+    if (KEEP == KEEP_SHORT)
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    if (KEEP == KEEP_LONG)
+        asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+template <enum keep KEEP>
+static __device__ __forceinline__ void store_float(float *to, float x, uint64_t policy) {
+    if (KEEP == KEEP_NORMAL)
+        *to = x;
+    else
+        asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" ::"l"(to), "f"(x), "l"(policy)
+                     : "memory");
+}
+
+template <enum keep KEEP>
 static __device__ __forceinline__ void tma_load_4d(uint32_t destination, const CUtensorMap *map,
                                                    uint32_t barrier, int c0, int c1, int c2,
-                                                   int c3) {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(destination),
-                 "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-                 : "memory");
+                                                   int c3, uint64_t policy) {
+    if (KEEP == KEEP_NORMAL)
+        asm volatile(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+            "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(destination),
+            "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+            : "memory");
+    else
+        asm volatile(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+            ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(destination),
+            "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
+            : "memory");
 }
 
 static __device__ __forceinline__ void tma_load_5d(uint32_t destination, const CUtensorMap *map,

@@ -18,6 +18,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include "allow_shared.cuh"
 #include "sm90_consume.cuh"
 #include "sm90_feed.cuh"
 
@@ -28,7 +29,7 @@ namespace {
 template <class S> __device__ __forceinline__ void init_barriers(struct shared_memory<S> &s) {
     for (int i = 0; i < 2; i++) {
         barrier_init(shared_address(&s.query_full[i]), 1 + 32); /* TMA warp, items warp */
-        barrier_init(shared_address(&s.query_empty[i]), CONSUMERS * 4);
+        barrier_init(shared_address(&s.query_empty[i]), CONSUMERS * WARPGROUP);
     }
     for (int i = 0; i < S::STAGES; i++) {
         barrier_init(shared_address(&s.key_full[i]), 1);
@@ -50,20 +51,18 @@ __global__ __launch_bounds__(THREADS, 1) void score_sm90(
         tma_prefetch_map(&key_map);
     }
     launch_dependents();
-    if (chunk_size(a) > 1)
+    if (chunk_size(a) > 1) {
         sum_chunks<S>(a, s);
-    __syncthreads();
+        __syncthreads();
+    }
     /* Through a shuffle, so that the compiler knows it, and all that follows from it, to be the
      * same in a warp. */
-    int group = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
+    int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), group = warp / 4;
     if (group == CONSUMERS) {
         registers_shrink<S::PRODUCER_REGISTERS>();
-        int warp = threadIdx.x / 32 % 4;
-        if (warp == 0)
-            feed_tensors<S>(a, s, &query_map, &key_map);
-        else if (warp == 1)
-            feed_items<S>(a, s);
+        feed<S>(a, s, &query_map, &key_map, warp % 4);
     } else {
+        named_barrier_sync(BARRIER_READY, THREADS);
         registers_grow<S::CONSUMER_REGISTERS>();
         consume<T, S>(a, s, group);
         if (a.cycles && threadIdx.x == 0)
@@ -153,11 +152,11 @@ template <class T, class S> int launch(const struct slab *slab, cudaStream_t str
     int error = query_tensor_map<S>(&query_map, &slab->p);
     if (!error)
         error = key_tensor_map<S>(&key_map, &slab->p);
+    static uint64_t allowed; /* see allow_shared */
     const int bytes = sizeof(struct shared_memory<S>);
     static_assert(bytes <= MAX_SHARED, "shared memory");
     if (!error)
-        error = cudaFuncSetAttribute(score_sm90<T, S>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     bytes);
+        error = allow_shared((const void *)score_sm90<T, S>, bytes, &allowed);
     /* The schedule counts places in 32 bits. */
     double places = (double)(slab->row_end - slab->row_begin) *
                     (double)(slab->scores_stride / TILE_KEYS + 1 + S::CHARGE);

@@ -67,6 +67,7 @@ template <class S> struct lane_item {
     int32_t limit[GROUPS];
     int32_t key;   /* of the lane's first key row in the tile */
     float *scores; /* of that key and the lane's first query */
+    uint64_t policy; /* of its stores */
 };
 
 /* Sums, and stores what is visible. */
@@ -86,16 +87,16 @@ __device__ __forceinline__ void finish_tile(const struct lane_item<S> &item,
             if (masked)
                 sum[0] = sum[1] = __uint_as_float(SCORE_MASKED);
             if (item.key < item.limit[group])
-                scores[0] = sum[0];
+                store_float<S::KEEP_SCORES>(scores, sum[0], item.policy);
             if (item.key + 8 < item.limit[group])
-                scores[8] = sum[1];
+                store_float<S::KEEP_SCORES>(scores + 8, sum[1], item.policy);
         } else {
             float score = share_sum<S>(sum);
             pin(score);
             if (masked)
                 score = __uint_as_float(SCORE_MASKED);
             if (item.key < item.limit[group])
-                scores[0] = score;
+                store_float<S::KEEP_SCORES>(scores, score, item.policy);
         }
         scores += group_stride;
     }
@@ -138,6 +139,7 @@ __device__ __forceinline__ void load_item(const struct arguments &a,
     item.key = s.items[place].key + in_tile;
     item.scores =
         a.scores + (s.items[place].scores + in_tile + lane / S::LANES * a.scores_stride);
+    item.policy = cache_policy<S::KEEP_SCORES>();
 }
 
 template <class T, class S>
@@ -169,6 +171,8 @@ __device__ void consume(const struct arguments &a, struct shared_memory<S> &s, i
                     named_barrier_sync(BARRIER_TURN + group, CONSUMERS * WARPGROUP);
                 barrier_wait(shared_address(&s.key_full[keys.place]), keys.phase);
                 bool masked = paged && s.masked[keys.place] & warp_bit;
+                if (paged)
+                    __syncwarp(); /* all have read it when lane 0 gives the stage back */
                 multiply<T, S>(dot, shared_address(s.key[keys.place]), query);
                 if (S::TURNS)
                     named_barrier_arrive(BARRIER_TURN + (group ^ 1), CONSUMERS * WARPGROUP);
@@ -181,9 +185,8 @@ __device__ void consume(const struct arguments &a, struct shared_memory<S> &s, i
                 item.scores += CONSUMERS * TILE_KEYS;
             }
         }
-        __syncwarp();
-        if (lane == 0)
-            barrier_arrive(shared_address(&s.query_empty[queries.place]));
+        /* Every thread has read from the place, so every thread gives it back. */
+        barrier_arrive(shared_address(&s.query_empty[queries.place]));
     }
 }
 

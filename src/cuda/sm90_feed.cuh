@@ -28,6 +28,26 @@ __device__ __forceinline__ int32_t chunk_size(const struct arguments &a) {
     return (a.batch_end - a.batch_begin + 31) / 32;
 }
 
+/* Prefix sums that fall give rows to several batches, and then there may be any number of places. */
+__device__ __forceinline__ uint32_t add_places(uint32_t x, uint32_t y) {
+    return x + y < x ? UINT32_MAX : x + y;
+}
+
+__device__ __forceinline__ uint32_t warp_scan(uint32_t x) {
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        uint32_t other = __shfl_up_sync(0xffffffffu, x, step);
+        x = add_places(x, (threadIdx.x & 31) >= step ? other : 0);
+    }
+    return x;
+}
+
+/* The most places that rows of one batch each can take: more than these are not scored. */
+template <class S> __device__ __forceinline__ uint32_t most_places(const struct arguments &a) {
+    return (uint32_t)(a.line.row_end - a.line.row_begin) *
+           ((uint32_t)(a.scores_stride / TILE_KEYS) + 1 + S::CHARGE);
+}
+
 /* Sums the places of each chunk, by all warps; not needed for chunks of one batch. */
 template <class S>
 __device__ __forceinline__ void sum_chunks(const struct arguments &a, struct shared_memory<S> &s) {
@@ -37,20 +57,11 @@ __device__ __forceinline__ void sum_chunks(const struct arguments &a, struct sha
         int32_t end = begin + size < a.batch_end ? begin + size : a.batch_end;
         uint32_t sum = 0;
         for (int32_t b = begin + lane; b < end; b += 32)
-            sum += places_of_batch(a, b, end);
-        sum = __reduce_add_sync(0xffffffffu, sum);
-        if (lane == 0)
+            sum = add_places(sum, places_of_batch(a, b, end));
+        sum = warp_scan(sum);
+        if (lane == 31)
             s.chunks[chunk] = sum;
     }
-}
-
-__device__ __forceinline__ uint32_t warp_scan(uint32_t x) {
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        uint32_t other = __shfl_up_sync(0xffffffffu, x, step);
-        x += (threadIdx.x & 31) >= step ? other : 0;
-    }
-    return x;
 }
 
 /* Lanes have `x` places each, up to `upto` with those before. Returns the lane that has `place`,
@@ -92,6 +103,8 @@ __device__ __forceinline__ struct walk find_run(const struct arguments &a,
     uint32_t x = size > 1 ? s.chunks[lane]
                           : places_of_batch(a, a.batch_begin + lane, a.batch_end);
     uint32_t upto = warp_scan(x), total = __shfl_sync(0xffffffffu, upto, 31);
+    if (total > most_places<S>(a))
+        total = 0;
     uint32_t place = (uint32_t)run_begin(total, blockIdx.x, gridDim.x);
     int32_t span = (int32_t)((uint32_t)run_begin(total, blockIdx.x + 1, gridDim.x) - place);
     struct walk w;
@@ -116,6 +129,27 @@ __device__ __forceinline__ struct walk find_run(const struct arguments &a,
     int32_t at = (int32_t)places_before(&a.p, &a.line, &w.part, item) - (int32_t)place;
     w.next = {batch, item, at, span};
     return w;
+}
+
+/* Brings into L2 what the run begins with, page ids and weights, if all batches have the most keys
+ * that they can. If so, these are there when the lengths are. If not, it does no harm. */
+template <class S> __device__ __forceinline__ void prefetch_run(const struct arguments &a) {
+    if (a.p.query_packed || a.p.key_packed)
+        return;
+    uint32_t tiles = ((uint32_t)a.p.n_key + TILE_KEYS - 1) >> TILE_SHIFT;
+    uint32_t item = tiles + S::CHARGE, items = ((uint32_t)a.p.n_query + S::BLOCK - 1) / S::BLOCK;
+    uint32_t total = items * item * (uint32_t)(a.batch_end - a.batch_begin);
+    uint32_t place = (uint32_t)run_begin(total, blockIdx.x, gridDim.x);
+    if (place >= total)
+        return;
+    int64_t batch = a.batch_begin + (int32_t)(place / item / items);
+    const char *what = (const char *)a.p.weights + batch * a.p.weights_batch_stride;
+    if (a.p.page_size && (threadIdx.x & 31)) {
+        uint32_t key = min(place % item * TILE_KEYS, (uint32_t)a.p.n_key - 1);
+        what = (const char *)a.p.page_table + batch * a.p.page_table_stride +
+               key / (uint32_t)a.p.page_size * sizeof(int32_t);
+    }
+    prefetch_to_l2(what);
 }
 
 /* The next batch with an item, or batch_end. Looks at 32 batches at a time. */
@@ -214,12 +248,14 @@ __device__ __forceinline__ void load_dense_keys(const struct arguments &a,
                                                 struct ring &keys) {
     int32_t batch = a.p.key_packed ? 0 : w.next.batch;
     int32_t row = w.part.key_begin + w.begin * TILE_KEYS;
+    uint64_t policy = cache_policy<S::KEEP_KEYS>();
     for (int32_t tile = w.begin; tile < w.end; tile++, row += TILE_KEYS) {
         uint32_t full = shared_address(&s.key_full[keys.place]);
         barrier_wait(shared_address(&s.key_empty[keys.place]), keys.phase ^ 1);
         if (elect_one()) {
             barrier_expect(full, S::KEY_BYTES);
-            tma_load_4d(shared_address(s.key[keys.place]), map, full, 0, row, 0, batch);
+            tma_load_4d<S::KEEP_KEYS>(shared_address(s.key[keys.place]), map, full, 0, row, 0,
+                                      batch, policy);
         }
         __syncwarp();
         ring_step<S::STAGES, 1>(keys);
@@ -233,6 +269,7 @@ __device__ __forceinline__ void load_paged_keys(const struct arguments &a,
                                                 const CUtensorMap *map, const struct walk &w,
                                                 struct ring &keys) {
     constexpr int BOXES = PIECES == 1 ? 1 : S::HALVES; /* of a piece */
+    uint64_t policy = cache_policy<S::KEEP_KEYS>();
     struct pages pages;
     int32_t next = load_page(a, w, w.begin * PIECES); /* for the next 32 pieces */
     int32_t slot = 32;
@@ -258,9 +295,9 @@ __device__ __forceinline__ void load_paged_keys(const struct arguments &a,
             for (int piece = 0; piece < PIECES; piece++)
 #pragma unroll
                 for (int box = 0; box < BOXES; box++)
-                    tma_load_4d(destination +
-                                    (box * TILE_KEYS + piece * (TILE_KEYS / PIECES)) * 128,
-                                map, full, 0, row[piece], box, id[piece]);
+                    tma_load_4d<S::KEEP_KEYS>(
+                        destination + (box * TILE_KEYS + piece * (TILE_KEYS / PIECES)) * 128, map,
+                        full, 0, row[piece], box, id[piece], policy);
         }
         __syncwarp();
         slot += PIECES;
@@ -270,10 +307,10 @@ __device__ __forceinline__ void load_paged_keys(const struct arguments &a,
 
 /* Brings queries and keys, item after item. */
 template <class S>
-__device__ void feed_tensors(const struct arguments &a, struct shared_memory<S> &s,
-                             const CUtensorMap *query_map, const CUtensorMap *key_map) {
+__device__ __forceinline__ void feed_tensors(const struct arguments &a, struct shared_memory<S> &s,
+                                             const CUtensorMap *query_map,
+                                             const CUtensorMap *key_map, struct walk w) {
     struct ring queries = {0, 0}, keys = {0, 0};
-    struct walk w = find_run<S>(a, s);
     bool more;
     do {
         more = walk_next<S>(a, w);
@@ -332,9 +369,9 @@ __device__ __forceinline__ void feed_weights(const struct arguments &a, struct s
 /* Tells the consumers of each item: weights, limits, where its scores go; last, that no more
  * comes (an item without tiles). */
 template <class S>
-__device__ void feed_items(const struct arguments &a, struct shared_memory<S> &s) {
+__device__ __forceinline__ void feed_items(const struct arguments &a, struct shared_memory<S> &s,
+                                           struct walk w) {
     struct ring queries = {0, 0};
-    struct walk w = find_run<S>(a, s);
     int lane = threadIdx.x & 31;
     bool more;
     do {
@@ -361,6 +398,24 @@ __device__ void feed_items(const struct arguments &a, struct shared_memory<S> &s
         barrier_arrive(shared_address(&s.query_full[place]));
         ring_step<2, 1>(queries);
     } while (more);
+}
+
+/* What the producers' warps do. The run is found before the barriers are known to be set up, which
+ * takes about as long. */
+template <class S>
+__device__ __forceinline__ void feed(const struct arguments &a, struct shared_memory<S> &s,
+                                     const CUtensorMap *query_map, const CUtensorMap *key_map,
+                                     int warp) {
+    struct walk w;
+    if (warp < 2)
+        w = find_run<S>(a, s);
+    else if (warp == 2 && S::COLUMNS < 256)
+        prefetch_run<S>(a);
+    named_barrier_sync(BARRIER_READY, THREADS);
+    if (warp == 0)
+        feed_tensors<S>(a, s, query_map, key_map, w);
+    else if (warp == 1)
+        feed_items<S>(a, s, w);
 }
 
 } // namespace

@@ -19,6 +19,7 @@ enum {
     MAX_SHARED = 232448, /* what a CTA of an SM90 may have */
     SPARE_SHARED = 8192, /* of it, for all but queries and keys */
     BARRIER_TURN = 1,    /* named barriers 1 and 2 */
+    BARRIER_READY = 3,   /* shared memory is set up */
 };
 
 /* What an instance fixes: heads, head_dim, columns of an item. */
@@ -44,6 +45,10 @@ template <int HEADS_, int DIM_, int COLUMNS_> struct shape {
     /* Twice the consumers' and once the producers' are 3 x 168, the registers at launch. */
     static constexpr int CONSUMER_REGISTERS = COLUMNS == 256 ? 216 : 208;
     static constexpr int PRODUCER_REGISTERS = COLUMNS == 256 ? 72 : 88;
+    /* Decode reads keys once and writes few scores: L2 then has room for all of these until the
+     * selection reads them, if keys do not drive them out. Prefill reads its keys again and again. */
+    static constexpr enum keep KEEP_KEYS = COLUMNS == 256 ? KEEP_NORMAL : KEEP_SHORT;
+    static constexpr enum keep KEEP_SCORES = COLUMNS == 256 ? KEEP_NORMAL : KEEP_LONG;
     static constexpr int CHARGE = COLUMNS == 256 ? 2 : COLUMNS / 64;
     static constexpr int LANE_COLUMNS = COLUMNS / 4;
     static constexpr int WEIGHT_PITCH = LANE_COLUMNS + 4; /* no bank conflict between lanes */
