@@ -43,10 +43,15 @@ report() {
     [ "$3" -eq 0 ] || failed=1
 }
 
+# The library, and beside it the test of the selection alone.
 configure() {
+    local beside
+    nvcc -std=c++17 -O3 -arch=native -Xcompiler -fopenmp "$root/tests/test_topk.cu" \
+        "$root/src/cuda/topk.cu" -o "$build/test_topk" &
+    beside=$!
     cmake -S "$root" -B "$build/cmake" -DCMAKE_BUILD_TYPE=Release -DLIDX_TOOLS=OFF \
         -DLIDX_TESTS=OFF &&
-        cmake --build "$build/cmake" --parallel "$(nproc)"
+        cmake --build "$build/cmake" --parallel "$(nproc)" && wait $beside
 }
 
 # The tests link the static library; the benchmark's shared library adds the cycle counter's door.
@@ -66,12 +71,6 @@ link_programs() {
     done
     cc -std=c11 -O2 -fPIC -fopenmp -shared "$root/bench/count_cycles.c" \
         -Wl,--whole-archive "$archive" -Wl,--no-whole-archive $flags -o "$build/libbench.so"
-}
-
-# The selection alone: every row against a sort.
-select_check() {
-    nvcc -std=c++17 -O3 -arch=native -Xcompiler -fopenmp "$root/tests/test_topk.cu" \
-        "$root/src/cuda/topk.cu" -o "$build/test_topk" && "$build/test_topk" check
 }
 
 # All tests and both kernels at once, each in a process of its own: a fault ends only that.
@@ -152,21 +151,21 @@ bench_section() {
         --kernel smxx --json "$build/bench_${1}_smxx.json"
     return 1
 }
-export -f configure link_programs select_check correctness sanitize torch_tests bench_section
+export -f configure link_programs correctness sanitize torch_tests bench_section
 cuda_tests='test_cuda test_cuda_repeats test_cuda_hostile test_cuda_full'
 export root build results cuda_tests
 
 step build 240 bash -c configure
 step link 60 bash -c link_programs
-shown=4 step selection 60 bash -c select_check
+shown=4 step selection 60 "$build/test_topk" check
 shown=50 step correctness 150 bash -c correctness
 shown=60 step sanitizer 210 bash -c sanitize
-shown=6 step torch 120 bash -c torch_tests
 for section in prefill variants decode; do
     shown=40 step "benchmark $section" 80 bash -c "bench_section $section"
 done
 python3 "$root/bench/bench_cuda.py" --json "$results/bench_cuda.json" \
     --merge "$build"/bench_{prefill,variants,decode}.json | tee -a "$log"
+shown=6 step torch 150 bash -c torch_tests
 
 gpu=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | head -n 1)
 printf '{"gpu":"%s","nvcc":"%s","failed":%d,"seconds":%d,"steps":[%s]}\n' "$gpu" \
