@@ -327,6 +327,14 @@ static void check_counts(void) {
     c.shape[K][1] = (int64_t)INT32_MAX + 1;
     refuse(context, &c, LIDX_ERR_SHAPE, "key", "2^31 keys of one batch");
     /* A size of 0 does not make the other sizes harmless. */
+    valid_call(&c, BSND_BSND);
+    for (int which = 0; which < N_TENSORS; which++) {
+        c.t[which].strides = NULL;
+        c.shape[which][0] = 0;
+    }
+    CHECK_INT(lidx_run(context, &c.args), LIDX_OK, "no batches");
+    c.shape[K][1] = -1;
+    refuse(context, &c, LIDX_ERR_SHAPE, "key", "no batches of -1 keys");
     for (int which = 0; which < N_TENSORS; which++)
         for (int dim = 1; dim < c.t[which].ndim; dim++) {
             valid_call(&c, BSND_PA);
