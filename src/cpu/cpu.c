@@ -26,8 +26,8 @@ enum {
     TILE_KEYS = 960,  /* keys of one score() call: 60 key blocks, 20 tiles of 48, 240 KiB */
     AHEAD_KEYS = 384, /* how far ahead of a tile a kernel may prefetch */
     LIST_BLOCKS = (TILE_KEYS + AHEAD_KEYS) / KEY_BLOCK,
-    ROW_BYTES = 11 << 18, /* of a worker, for packed queries and candidates: 2.75 MiB */
-    SLOT_BYTES = 1 << 20, /* of a worker, for partial results */
+    ROW_BYTES = 3 << 19,  /* of a worker, for packed queries and candidates: 1.5 MiB */
+    SLOT_BYTES = 9 << 18, /* of a worker, for what it brings to blocks of many: 2.25 MiB */
     WORKER_BYTES = ROW_BYTES + SLOT_BYTES,
     SPLITS_PER_WORKER = 64, /* cut blocks; each has at least two pieces and so two slots */
     SLOTS_PER_WORKER = 2 * SPLITS_PER_WORKER,
