@@ -413,8 +413,8 @@ static void check_small(int32_t n_sm) {
         run_case(c, 1);
     }
     /* A cluster one block of which has all candidates, more than it can deal. */
-    struct test_case rising = {7, {}, {}, 1, 1, 65536, 0, 3, 2048, DTYPE_F32, 4096, 0, 0};
-    run_case(rising, 1);
+    struct test_case rising = {7, {}, {}, 1, 1, 65500, 0, 3, 2048, DTYPE_F32, 4096, 0, 0};
+    run_case(rising, 4);
     struct test_case crowd = {0, {}, {}, 1, 140, 9000, 0, 3, 64, DTYPE_F32, n_sm, 0, 0};
     run_case(crowd, 1);
 }
