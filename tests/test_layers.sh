@@ -48,7 +48,7 @@ done | tr '\n' ' ')
 # shellcheck disable=SC2086 # room splits its first argument itself
 room "$others" "$c|$public|$above|\"(environment|features|kernel|kernels|plan|topk)\.h\"|$intrinsics|<omp\.h>|<(sys/auxv|sys/syscall|pthread|unistd)\.h>"
 for stem in $isa; do
-    room "src/cpu/$stem.c" "$c|\"\.\./dtype\.h\"|\"(kernel|features)\.h\"|$intrinsics"
+    room "src/cpu/$stem.c" "$c|\"\.\./dtype\.h\"|\"(kernel|features|avx512)\.h\"|$intrinsics"
 done
 room 'src/cpu/plan.c src/cpu/plan.h' '"plan\.h"|"\.\./visible\.h"'
 room 'src/cuda/*.c' "$c|$public|$above|\"launch\.h\"|<cuda_runtime_api\.h>"

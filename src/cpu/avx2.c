@@ -224,8 +224,8 @@ INLINE __m256 add_lanes(float sums[][LANES]) {
 }
 
 /* The tile to fetch while the one at block b is scored; without one, the same line again and again,
- * which is free. A panel issues a fetch every 2 P elements of every 12 / P keys: one for 48 bytes of
- * the tile, so n panels advance by 48 / n each time. */
+ * which is free. A panel issues a fetch every 2 P elements of every 12 / P keys: one for 48 bytes
+ * of the tile, so n panels advance by 48 / n each time. */
 static struct ahead ahead_of(const struct key_run *run, int b, int panels) {
     int next = b + FETCH_AHEAD, blocks = (run->n_keys + KEY_BLOCK - 1) / KEY_BLOCK;
     if (next < blocks + run->n_ahead)

@@ -12,9 +12,8 @@
  */
 #if defined(__x86_64__)
 
-#include "kernel.h"
+#include "avx512.h"
 
-#include <immintrin.h>
 #include <string.h>
 
 #include "features.h"
@@ -22,40 +21,14 @@
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
-#if defined(__clang__)
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-
 enum {
-    LANES = 16,
     STEPS = 8,       /* steps of two elements in one round of the dot loop */
     FETCH_AHEAD = 4, /* blocks from the one in work to the one fetched into L1 */
 };
 
-/* From avx512.c: the fp16 path, since fp16 has no product instruction here; and 16 rows of 16
- * 32-bit elements, n of them given and the rest 0, written as columns. */
-size_t lidx_avx512_packed_size(int n_heads, int head_dim);
-void lidx_avx512_pack_fp16(void *packed, const struct query_row *row);
-void lidx_avx512_score_fp16(float *score, const void *packed, int n_heads, int head_dim,
-                            const struct key_run *run);
-void lidx_avx512_transpose(void *out, int64_t out_stride, const void *rows, int64_t row_stride,
-                           int n);
-
-static int group_count(int n_heads) {
-    return (n_heads + LANES - 1) / LANES;
-}
-
 /* Of the groups that are left, how many the next panel takes. */
 static int panel_groups(int left) {
     return left >= 4 ? 4 : left >= 2 ? 2 : 1;
-}
-
-/* Up to 8 heads fill half a register, so each takes two lanes: the even one multiplies every other
- * pair of elements, the odd one those between. */
-static int lanes_of_head(int n_heads) {
-    return n_heads <= LANES / 2 ? 2 : 1;
 }
 
 static size_t packed_size(int n_heads, int head_dim) {
@@ -104,12 +77,6 @@ INLINE const unsigned char *gather(unsigned char *copy, const unsigned char *blo
     memset(copy + n * row_bytes, 0, (size_t)((KEY_BLOCK - n) * row_bytes));
     return copy;
 }
-
-/* The next line to fetch, and how far from one fetch to the next; 0 where there is nothing. */
-struct ahead {
-    const unsigned char *line;
-    int64_t step;
-};
 
 /* S pairs of a key, over and over. The empty statement keeps clang from loading the two pairs of
  * all 16 keys before it uses the first, which spills. */
@@ -182,29 +149,6 @@ INLINE void panel(float sums[KEY_BLOCK][LANES], const unsigned char *query, cons
     }
 }
 
-/* The 16 lanes of each of 16 keys, added in one order for all: a transposing tree. */
-INLINE __m512 add_lanes(float sums[KEY_BLOCK][LANES]) {
-    __m512 pairs[8], quads[4], halves[2];
-    UNROLL
-    for (int i = 0; i < 4; i++) {
-        UNROLL
-        for (int k = 0; k < 2; k++) {
-            __m512 a = _mm512_load_ps(sums[4 * i + 2 * k]);
-            __m512 b = _mm512_load_ps(sums[4 * i + 2 * k + 1]);
-            pairs[2 * i + k] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-        }
-        __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
-        quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
-                                 _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-    }
-    UNROLL
-    for (int i = 0; i < 2; i++)
-        halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0x88),
-                                  _mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0xDD));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
-                         _mm512_shuffle_f32x4(halves[0], halves[1], 0xDD));
-}
-
 /* The block to fetch while block b is scored; without one, the same line again and again, which is
  * free. */
 INLINE struct ahead ahead_of(const struct key_run *run, int blocks, int b, const void *here) {
@@ -212,13 +156,6 @@ INLINE struct ahead ahead_of(const struct key_run *run, int blocks, int b, const
     if (next < blocks + run->n_ahead)
         return (struct ahead){run->block[next], 64};
     return (struct ahead){here, 0};
-}
-
-/* The lanes of the last group that stand for heads. */
-static __mmask16 last_lanes(int n_heads) {
-    if (lanes_of_head(n_heads) == 2)
-        return (__mmask16)(0x5555 >> (LANES - 2 * n_heads));
-    return (__mmask16)(0xFFFF >> (group_count(n_heads) * LANES - n_heads));
 }
 
 INLINE void score_blocks(float *score, const void *packed, int n_heads, const struct key_run *run,
@@ -252,8 +189,7 @@ INLINE void score_blocks(float *score, const void *packed, int n_heads, const st
             g += P;
             ahead = (struct ahead){keys, 0}; /* the first panel has fetched all */
         }
-        __mmask16 valid = n < KEY_BLOCK ? (__mmask16)((1u << n) - 1) : (__mmask16)0xFFFF;
-        _mm512_mask_store_ps(score + b * KEY_BLOCK, valid, add_lanes(sums));
+        store_scores(score + b * KEY_BLOCK, n, sums);
     }
 }
 
