@@ -52,10 +52,6 @@ static __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t p
                  : "memory");
 }
 
-static __device__ __forceinline__ void prefetch_to_l2(const void *pointer) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
-}
-
 static __device__ __forceinline__ void tma_prefetch_map(const CUtensorMap *map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -29,7 +29,7 @@ namespace {
 template <class S> __device__ __forceinline__ void init_barriers(struct shared_memory<S> &s) {
     for (int i = 0; i < 2; i++) {
         barrier_init(shared_address(&s.query_full[i]), 1 + 32); /* TMA warp, items warp */
-        barrier_init(shared_address(&s.query_empty[i]), CONSUMERS * WARPGROUP);
+        barrier_init(shared_address(&s.query_empty[i]), CONSUMERS * 4);
     }
     for (int i = 0; i < S::STAGES; i++) {
         barrier_init(shared_address(&s.key_full[i]), 1);
@@ -51,18 +51,20 @@ __global__ __launch_bounds__(THREADS, 1) void score_sm90(
         tma_prefetch_map(&key_map);
     }
     launch_dependents();
-    if (chunk_size(a) > 1) {
+    if (chunk_size(a) > 1)
         sum_chunks<S>(a, s);
-        __syncthreads();
-    }
+    __syncthreads();
     /* Through a shuffle, so that the compiler knows it, and all that follows from it, to be the
      * same in a warp. */
-    int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), group = warp / 4;
+    int group = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
     if (group == CONSUMERS) {
         registers_shrink<S::PRODUCER_REGISTERS>();
-        feed<S>(a, s, &query_map, &key_map, warp % 4);
+        int warp = threadIdx.x / 32 % 4;
+        if (warp == 0)
+            feed_tensors<S>(a, s, &query_map, &key_map);
+        else if (warp == 1)
+            feed_items<S>(a, s);
     } else {
-        named_barrier_sync(BARRIER_READY, THREADS);
         registers_grow<S::CONSUMER_REGISTERS>();
         consume<T, S>(a, s, group);
         if (a.cycles && threadIdx.x == 0)

@@ -171,8 +171,6 @@ __device__ void consume(const struct arguments &a, struct shared_memory<S> &s, i
                     named_barrier_sync(BARRIER_TURN + group, CONSUMERS * WARPGROUP);
                 barrier_wait(shared_address(&s.key_full[keys.place]), keys.phase);
                 bool masked = paged && s.masked[keys.place] & warp_bit;
-                if (paged)
-                    __syncwarp(); /* all have read it when lane 0 gives the stage back */
                 multiply<T, S>(dot, shared_address(s.key[keys.place]), query);
                 if (S::TURNS)
                     named_barrier_arrive(BARRIER_TURN + (group ^ 1), CONSUMERS * WARPGROUP);
@@ -185,8 +183,9 @@ __device__ void consume(const struct arguments &a, struct shared_memory<S> &s, i
                 item.scores += CONSUMERS * TILE_KEYS;
             }
         }
-        /* Every thread has read from the place, so every thread gives it back. */
-        barrier_arrive(shared_address(&s.query_empty[queries.place]));
+        __syncwarp();
+        if (lane == 0)
+            barrier_arrive(shared_address(&s.query_empty[queries.place]));
     }
 }
 

@@ -131,27 +131,6 @@ __device__ __forceinline__ struct walk find_run(const struct arguments &a,
     return w;
 }
 
-/* Brings into L2 what the run begins with, page ids and weights, if all batches have the most keys
- * that they can. If so, these are there when the lengths are. If not, it does no harm. */
-template <class S> __device__ __forceinline__ void prefetch_run(const struct arguments &a) {
-    if (a.p.query_packed || a.p.key_packed)
-        return;
-    uint32_t tiles = ((uint32_t)a.p.n_key + TILE_KEYS - 1) >> TILE_SHIFT;
-    uint32_t item = tiles + S::CHARGE, items = ((uint32_t)a.p.n_query + S::BLOCK - 1) / S::BLOCK;
-    uint32_t total = items * item * (uint32_t)(a.batch_end - a.batch_begin);
-    uint32_t place = (uint32_t)run_begin(total, blockIdx.x, gridDim.x);
-    if (place >= total)
-        return;
-    int64_t batch = a.batch_begin + (int32_t)(place / item / items);
-    const char *what = (const char *)a.p.weights + batch * a.p.weights_batch_stride;
-    if (a.p.page_size && (threadIdx.x & 31)) {
-        uint32_t key = min(place % item * TILE_KEYS, (uint32_t)a.p.n_key - 1);
-        what = (const char *)a.p.page_table + batch * a.p.page_table_stride +
-               key / (uint32_t)a.p.page_size * sizeof(int32_t);
-    }
-    prefetch_to_l2(what);
-}
-
 /* The next batch with an item, or batch_end. Looks at 32 batches at a time. */
 __device__ __forceinline__ int32_t next_batch(const struct arguments &a, int32_t batch) {
     for (batch++; batch < a.batch_end; batch += 32) {
@@ -307,10 +286,10 @@ __device__ __forceinline__ void load_paged_keys(const struct arguments &a,
 
 /* Brings queries and keys, item after item. */
 template <class S>
-__device__ __forceinline__ void feed_tensors(const struct arguments &a, struct shared_memory<S> &s,
-                                             const CUtensorMap *query_map,
-                                             const CUtensorMap *key_map, struct walk w) {
+__device__ void feed_tensors(const struct arguments &a, struct shared_memory<S> &s,
+                             const CUtensorMap *query_map, const CUtensorMap *key_map) {
     struct ring queries = {0, 0}, keys = {0, 0};
+    struct walk w = find_run<S>(a, s);
     bool more;
     do {
         more = walk_next<S>(a, w);
@@ -369,9 +348,9 @@ __device__ __forceinline__ void feed_weights(const struct arguments &a, struct s
 /* Tells the consumers of each item: weights, limits, where its scores go; last, that no more
  * comes (an item without tiles). */
 template <class S>
-__device__ __forceinline__ void feed_items(const struct arguments &a, struct shared_memory<S> &s,
-                                           struct walk w) {
+__device__ void feed_items(const struct arguments &a, struct shared_memory<S> &s) {
     struct ring queries = {0, 0};
+    struct walk w = find_run<S>(a, s);
     int lane = threadIdx.x & 31;
     bool more;
     do {
@@ -398,24 +377,6 @@ __device__ __forceinline__ void feed_items(const struct arguments &a, struct sha
         barrier_arrive(shared_address(&s.query_full[place]));
         ring_step<2, 1>(queries);
     } while (more);
-}
-
-/* What the producers' warps do. The run is found before the barriers are known to be set up, which
- * takes about as long. */
-template <class S>
-__device__ __forceinline__ void feed(const struct arguments &a, struct shared_memory<S> &s,
-                                     const CUtensorMap *query_map, const CUtensorMap *key_map,
-                                     int warp) {
-    struct walk w;
-    if (warp < 2)
-        w = find_run<S>(a, s);
-    else if (warp == 2 && S::COLUMNS < 256)
-        prefetch_run<S>(a);
-    named_barrier_sync(BARRIER_READY, THREADS);
-    if (warp == 0)
-        feed_tensors<S>(a, s, query_map, key_map, w);
-    else if (warp == 1)
-        feed_items<S>(a, s, w);
 }
 
 } // namespace

@@ -19,7 +19,6 @@ enum {
     MAX_SHARED = 232448, /* what a CTA of an SM90 may have */
     SPARE_SHARED = 8192, /* of it, for all but queries and keys */
     BARRIER_TURN = 1,    /* named barriers 1 and 2 */
-    BARRIER_READY = 3,   /* shared memory is set up */
 };
 
 /* What an instance fixes: heads, head_dim, columns of an item. */
