@@ -122,7 +122,7 @@ sanitize() {
                     cut -c1-150 | sort | uniq -c | sort -rn | head -n 3
                 grep -qE ' passed, 0 failed' "$text" || code=1
                 if [ "$tool $test $kernel" = "racecheck test_cuda_hostile sm90" ]; then
-                    printf '    shown, not judged: see "What racecheck says" in docs/kernel-sm90.md\n'
+                    printf '    shown, not judged: see docs/kernel-sm90.md on racecheck\n'
                 else
                     grep -qE 'SUMMARY: 0 (errors|hazards)' "$text" || code=1
                 fi
