@@ -123,7 +123,8 @@ static int same_item(const struct plan_item *a, const struct plan_item *b) {
 
 static void check_plan(const struct problem *p, struct rng *rng, const char *what) {
     struct plan_limits limits = {(int)rng_between(rng, 1, 40), (int)rng_between(rng, 1, PLAN_ROWS),
-                                 rng_below(rng, 4) ? rng_between(rng, 2, 400) : 0};
+                                 rng_below(rng, 4) ? rng_between(rng, 2, 400) : 0,
+                                 (int)rng_between(rng, 1, 4)};
     struct plan plan;
     struct plan_cursor all, some;
     struct cover cover;
@@ -170,7 +171,7 @@ static void check_empty_rows(void) {
 
 /* Sizes near the limits of the interface: arithmetic only, nothing is scored. */
 static void check_large(void) {
-    const struct plan_limits limits = {1024, PLAN_ROWS, 4096};
+    const struct plan_limits limits = {1024, PLAN_ROWS, 4096, 4};
     int32_t query_length = 1, key_length = INT32_MAX;
     struct problem p = {.n_batch = 1,
                         .n_query = 1,

@@ -571,8 +571,11 @@ static void prepare_run(struct run *run, const struct cpu *cpu, const struct pro
     size_t rows = ROW_BYTES / (run->packed_bytes + run->entry_bytes);
     int64_t slots = (int64_t)((size_t)cpu->n_workers * SLOT_BYTES / run->slot_bytes);
     int64_t most = (int64_t)cpu->n_workers * SLOTS_PER_WORKER;
+    /* Kernels bound by arithmetic gain nothing from rows that share keys: there each row is a block
+     * of its own where tokens are few, and its answer needs no bringing together. */
     const struct plan_limits limits = {cpu->n_workers, rows < PLAN_ROWS ? (int)rows : PLAN_ROWS,
-                                       slots < most ? slots : most};
+                                       slots < most ? slots : most,
+                                       cpu->kernel->score_two[p->dtype] ? 4 : 1};
     lidx_plan_build(&run->plan, p, &limits);
     memset(cpu->splits, 0, sizeof *cpu->splits * (size_t)run->plan.n_splits);
 }

@@ -3,7 +3,6 @@
 
 enum {
     BLOCKS_PER_WORKER = 4,  /* where there are as many tokens */
-    ROWS_WANTED = 4,        /* rows that share a key tile from cache, where there are as many */
     PIECES_PER_WORKER = 64, /* cores differ in speed, and late ones shall not be waited for */
     PIECE_KEYS = 240,       /* fewer at a time cost the kernels more than balance brings ... */
     PIECE_ROW_KEYS = 96,    /* ... but with one row, where all threads end at once */
@@ -79,7 +78,7 @@ static void count(struct plan *plan) {
 void lidx_plan_build(struct plan *plan, const struct problem *p, const struct plan_limits *limits) {
     int64_t tokens, work, workers = limits->n_workers;
     measure(p, &tokens, &work);
-    int64_t rows = larger(tokens / (BLOCKS_PER_WORKER * workers), ROWS_WANTED);
+    int64_t rows = larger(tokens / (BLOCKS_PER_WORKER * workers), limits->rows_wanted);
     plan->p = p;
     plan->rows = (int)smaller(rows, limits->rows);
     plan->n_workers = limits->n_workers;

@@ -21,8 +21,9 @@ enum {
 
 struct plan_limits {
     int n_workers;
-    int rows;      /* most rows of a block that a worker has buffers for, <= PLAN_ROWS */
-    int64_t slots; /* rows of partial results that can be kept */
+    int rows;        /* most rows of a block that a worker has buffers for, <= PLAN_ROWS */
+    int64_t slots;   /* rows of partial results that can be kept */
+    int rows_wanted; /* of a block, even where it must then be cut for all to have work */
 };
 
 struct plan {
