@@ -142,11 +142,11 @@ def draw_groups(path, title, groups, instruction):
                   for _, (f, ratio) in found]
         axes.bar_label(drawn, labels, padding=3, fontsize=6.5)
     axes.set_yticks(range(len(groups)), [case for case, _ in groups])
-    axes.invert_yaxis()
     style(axes, title, f"fraction of the {instruction} peak of these threads, measured in the same run",
           max(bar[0] for _, bars in groups for bar in bars.values()) * 1.12)
-    axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.06), ncol=len(names),
-                frameon=False)
+    axes.set_ylim(len(groups) - 0.4, -0.6)
+    axes.set_title(title, loc="left", fontsize=10, pad=22)
+    axes.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncol=len(names), frameon=False)
     save(figure, path)
 
 
