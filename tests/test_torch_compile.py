@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operator under torch's own machinery: opcheck, compile, export, fake tensors, autograd."""
 
-import copy
 import shutil
 
 import pytest
@@ -112,44 +111,6 @@ def test_fake_refuses_what_the_operator_refuses():
             PAGE(query, query[:, :, :1], query[..., 0], sparse_count=9000)
         with pytest.raises(RuntimeError, match="query has 4 dimensions; it should have 3"):
             PAGE(query, query, query, layout_query="TND")
-
-
-def scripted(query: torch.Tensor, key: torch.Tensor, weights: torch.Tensor):
-    return torch.ops.lightning_indexer.lightning_indexer(query, key, weights, sparse_count=8)
-
-
-def test_the_packet_is_still_torchs():
-    """Its call enters C++ directly; all that torch does around a packet must still find it."""
-    for packet in (PAGE, NPU):
-        assert isinstance(packet, torch._ops.OpOverloadPacket)
-        assert packet.overloads() == ["default"]
-        assert copy.deepcopy(packet) is packet
-    case = Case(lists=False, query_lengths=(4, 4), key_lengths=(40, 40))
-    expected = PAGE(*case.tensors, sparse_count=8)
-    call = lambda q, k, w: PAGE(q, k, w, sparse_count=8)
-
-    graph = torch.fx.symbolic_trace(call)
-    assert any(node.target is PAGE for node in graph.graph.nodes)
-    assert torch.equal(graph(*case.tensors), expected)
-    assert torch.equal(torch.jit.trace(call, case.tensors)(*case.tensors), expected)
-    assert torch.equal(torch.jit.script(scripted)(*case.tensors), expected)
-
-    seen = []
-
-    class Functions(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            seen.append(function)
-            return function(*args, **(kwargs or {}))
-
-    class Dispatches(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(function)
-            return function(*args, **(kwargs or {}))
-
-    with Functions(), Dispatches():
-        indices = call(*case.tensors)
-    assert torch.equal(indices, expected)
-    assert seen == [PAGE, PAGE.default]
 
 
 def test_works_under_inference_mode_and_autograd():

@@ -79,24 +79,6 @@ lightning_indexer._torch.register()
     )
 
 
-def test_the_packets_own_call_stays_where_it_does_what_we_do_not_know():
-    run_python(
-        """
-        import torch
-        from torch._ops import OpOverloadPacket
-        def call(self, *args, **kwargs):
-            calls.append(self)
-            return self._op(*args, **kwargs)
-        calls, OpOverloadPacket.__call__ = [], call
-        import lightning_indexer
-        op = torch.ops.lightning_indexer.lightning_indexer
-        ones = torch.ones(1, 1, 1, 64).half()
-        op(ones, ones, ones[..., 0], sparse_count=1)
-        assert calls == [op] and type(op) is OpOverloadPacket
-        """
-    )
-
-
 def test_alias_can_be_turned_off():
     run_python(
         """

@@ -16,7 +16,6 @@ import os
 import sys
 
 import torch
-from torch._ops import OpOverloadPacket
 
 from . import _library
 
@@ -168,30 +167,6 @@ def _fake_npu(
 _FAKES = {"lightning_indexer": _fake_page, "npu_lightning_indexer": _fake_npu}
 
 
-# What OpOverloadPacket.__call__ does, as far as _quicken knows.
-_CALL_OF_PACKET = {
-    "_op",
-    "_has_torchbind_op_overload",
-    "_must_dispatch_in_python",
-    "_call_overload_packet_from_python",
-}
-
-
-def _quicken(namespace, name):
-    """Lets torch.ops.NAMESPACE.NAME(...) enter torch's C++ directly.
-
-    OpOverloadPacket.__call__ looks for TorchBind objects, which no argument of ours can be, and
-    goes on to `_op`; as a Python frame it takes about a seventh of the time of a tiny call. Where
-    a version of torch does anything else there, its own method stays.
-    """
-    packet = getattr(getattr(torch.ops, namespace), name)
-    if type(packet) is not OpOverloadPacket or packet._has_torchbind_op_overload:
-        return
-    if set(OpOverloadPacket.__call__.__code__.co_names) <= _CALL_OF_PACKET:
-        direct = {"__call__": staticmethod(packet._op), "__module__": __name__}
-        packet.__class__ = type("OpOverloadPacket", (OpOverloadPacket,), direct)
-
-
 def _define(op, namespace, name, owns_namespace):
     _check(op.lidx_torch_define(namespace.encode(), name.encode(), owns_namespace))
     torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
@@ -200,7 +175,6 @@ def _define(op, namespace, name, owns_namespace):
         library = torch.library.Library(namespace, "IMPL")
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         _libraries.append(library)
-    _quicken(namespace, name)
 
 
 def _alias(op, name):
