@@ -24,7 +24,7 @@ NAMESPACE = "lightning_indexer"
 OWNERS_OF_NPU = ("torch_npu", "sgl_kernel_npu")
 MAX_SPARSE_COUNT = 8192
 
-page = None  # torch.ops.lightning_indexer.lightning_indexer, once it is registered
+page = None  # torch.ops.lightning_indexer.lightning_indexer.default, once it is registered
 _libraries = []  # a registration made in Python lives as long as its library
 state = {}  # "npu::lightning_indexer" -> what was done about it, for `info`
 
@@ -212,7 +212,7 @@ def register():
     global page
     if not _schema_text(f"{NAMESPACE}::{OPS[0]}"):
         _register_all()
-    page = torch.ops.lightning_indexer.lightning_indexer
+    page = torch.ops.lightning_indexer.lightning_indexer.default
 
 
 def with_values(
