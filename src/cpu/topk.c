@@ -87,16 +87,27 @@ static void count_bins(uint32_t count[BINS], const uint64_t *entry, int n, struc
     }
 }
 
+/* Where cutting and sorting work: room for n entries and, if the loops use bin numbers, n of these.
+ * 16 KiB of stack, so a caller has one and passes it down. */
+struct bench {
+    const struct topk_loops *loops;
+    uint64_t *spare;
+    uint16_t *bin;
+    uint32_t end[BINS];
+    uint32_t fine[BINS];
+};
+
 /* Drops what is below `bound`, which at least k entries reach. */
 static void drop_below(struct topk *t, uint64_t bound) {
     t->n = t->loops->keep(t->entry, t->n, bound);
-    t->threshold = bound - 1;
+    if (t->threshold < bound - 1) /* others may have told of a better one */
+        t->threshold = bound - 1;
 }
 
 /* A round finds the bin in which the k-th largest lies and drops what is below it; the next looks
  * into that bin alone. Entries are distinct, so that `most` = k can be had. */
-static void cut_by_bins(struct topk *t, int most) {
-    uint32_t bin_count[BINS];
+static void cut_by_bins(struct bench *b, struct topk *t, int most) {
+    uint32_t *bin_count = b->end;
     struct topk_range r = t->loops->range(t->entry, t->n);
     int above = 0; /* entries above r.high */
     do {
@@ -113,24 +124,14 @@ static void cut_by_bins(struct topk *t, int most) {
     } while (t->n > most);
 }
 
-/* Where sorting works: room for n entries and, if the loops use bin numbers, n of these. */
-struct bench {
-    const struct topk_loops *loops;
-    uint64_t *spare;
-    uint16_t *bin;
-    uint32_t end[BINS];
-    uint32_t fine[BINS];
-};
-
 static void sort(struct bench *b, uint64_t *entry, int n, int k);
 
 /* A bound that a few more than k of n entries reach, if a sample of every so manieth tells the
  * truth: two standard deviations below the sample's own k/n-th. */
-static uint64_t guess_bound(const struct topk *t) {
+static uint64_t guess_bound(struct bench *b, const struct topk *t) {
     uint64_t sample[SAMPLE], spare[SAMPLE];
     uint16_t bin[SAMPLE];
-    struct bench b;
-    b.loops = t->loops, b.spare = spare, b.bin = bin;
+    b->spare = spare, b->bin = bin;
     int stride = t->n / SAMPLE, rank = (int)((int64_t)t->k * SAMPLE / t->n), deviation = 1;
     for (int i = 0; i < SAMPLE; i++)
         sample[i] = t->entry[i * stride];
@@ -138,7 +139,7 @@ static uint64_t guess_bound(const struct topk *t) {
         deviation++;
     rank += 2 * deviation;
     rank = rank < SAMPLE ? rank : SAMPLE - 1;
-    sort(&b, sample, SAMPLE, rank + 1);
+    sort(b, sample, SAMPLE, rank + 1);
     return sample[rank];
 }
 
@@ -148,20 +149,26 @@ static int rough(int k) {
 }
 
 /* Cuts the n > k entries to at least k of the best and at most `most` (>= k). */
-static void cut(struct topk *t, int most) {
+static void cut(struct bench *b, struct topk *t, int most) {
     if (t->n >= 4 * SAMPLE) {
-        uint64_t bound = guess_bound(t);
+        uint64_t bound = guess_bound(b, t);
         int reach = t->loops->count(t->entry, t->n, bound);
         if (reach >= t->k && reach < t->n)
             drop_below(t, bound);
     }
     if (t->n > most)
-        cut_by_bins(t, most);
+        cut_by_bins(b, t, most);
+}
+
+static void make_room(struct topk *t) {
+    struct bench b;
+    b.loops = t->loops;
+    cut(&b, t, rough(t->k));
 }
 
 void lidx_topk_push(struct topk *t, const float *score, int n, int64_t position) {
     if (t->n + n > t->capacity)
-        cut(t, rough(t->k));
+        make_room(t);
     t->n += t->loops->filter(t->entry + t->n, score, n, (uint32_t)position, t->threshold);
 }
 
@@ -181,7 +188,7 @@ static int count_beating(const uint64_t *sorted, int n, uint64_t threshold) {
 void lidx_topk_add(struct topk *t, const uint64_t *sorted, int n) {
     n = count_beating(sorted, n, t->threshold);
     if (t->n + n > t->capacity) {
-        cut(t, rough(t->k));
+        make_room(t);
         n = count_beating(sorted, n, t->threshold);
     }
     memcpy(t->entry + t->n, sorted, sizeof *sorted * (size_t)n);
@@ -350,10 +357,10 @@ static void sort(struct bench *b, uint64_t *entry, int n, int k) {
 }
 
 void lidx_topk_sort(struct topk *t) {
-    if (t->n > rough(t->k)) /* fewer are binned with the others more quickly than cut away */
-        cut(t, rough(t->k));
     struct bench b;
     b.loops = t->loops;
+    if (t->n > rough(t->k)) /* fewer are binned with the others more quickly than cut away */
+        cut(&b, t, rough(t->k));
     b.spare = t->entry + t->n;
     b.bin = (uint16_t *)(void *)(b.spare + t->n);
     sort(&b, t->entry, t->n, t->k);
