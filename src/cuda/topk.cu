@@ -24,6 +24,7 @@
  */
 #include <cuda_runtime.h>
 
+#include "allow_shared.cuh"
 #include "topk_cluster.cuh"
 #include "topk_row.cuh"
 
@@ -227,20 +228,6 @@ size_t lidx_topk_scratch(int64_t rows, int64_t max_key, int32_t top_k, int32_t n
     int64_t useful = useful_blocks(max_key);
     int64_t blocks = rows < n_sm / useful ? rows * useful : n_sm;
     return 2 * counter_bytes(n_sm) + (size_t)blocks * SPLIT_ROOM * sizeof(uint64_t);
-}
-
-/* Lets a kernel have so much dynamic shared memory, once on a device: asking costs a tenth of a
- * launch. Racing threads set the same. */
-static cudaError_t allow_shared(const void *kernel, int bytes, uint64_t *allowed) {
-    int device;
-    cudaError_t e = cudaGetDevice(&device);
-    uint64_t bit = (uint64_t)1 << (device & 63);
-    if (e != cudaSuccess || (device < 64 && __atomic_load_n(allowed, __ATOMIC_RELAXED) & bit))
-        return e;
-    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (e == cudaSuccess && device < 64)
-        __atomic_fetch_or(allowed, bit, __ATOMIC_RELAXED);
-    return e;
 }
 
 /* Starts `blocks` blocks, in clusters of `cluster` if that is above 1. */
