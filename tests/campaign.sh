@@ -189,7 +189,7 @@ stage_tsan() {
 
 run_valgrind() {
     build "$work/plain" "test_operator test_arguments test_context" -DCMAKE_BUILD_TYPE=Release \
-        -DCMAKE_C_FLAGS=-g || return
+        -DCMAKE_C_FLAGS=-g1 || return
     for test in "test_operator --cases $valgrind_cases" test_arguments test_context; do
         # shellcheck disable=SC2086 # a program and its arguments
         valgrind -q --error-exitcode=9 --leak-check=full --show-leak-kinds=definite \
@@ -237,7 +237,7 @@ stage_reproduce() {
 }
 
 run_cases() {
-    build "$work/plain" test_operator -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS=-g &&
+    build "$work/plain" test_operator -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS=-g1 &&
         "$work/plain/tests/test_operator" --cases "$cases"
 }
 
