@@ -20,7 +20,7 @@ build() {
         "$@" src/[a-z]*.c src/cpu/[a-z]*.c -lm)
 }
 build -shared -fPIC -o "$work/liblightning_indexer.so"
-build bench/bench_cpu_limits.c tools/peak.c -o "$work/limits"
+build bench/bench_cpu_limits.c tools/peak.c tools/numbers.c -o "$work/limits"
 {
     printf '# sh bench/bench_cpu.sh, %s,%s\n' "$(date -u +%Y-%m-%d)" \
         "$(sed -n 's/^model name.*://p' /proc/cpuinfo | head -n 1)"

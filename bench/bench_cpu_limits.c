@@ -5,26 +5,22 @@
  * equal ones, and decode by the number of threads. Needs a C compiler and nothing else:
  *
  *     cc -std=c11 -O2 -ffp-contract=off -fopenmp -Iinclude -Itools bench/bench_cpu_limits.c \
- *        tools/peak.c src/[a-z]*.c src/cpu/[a-z]*.c -lm -o bench_cpu_limits
+ *        tools/peak.c tools/numbers.c src/[a-z]*.c src/cpu/[a-z]*.c -lm -o bench_cpu_limits
  *     ./bench_cpu_limits [threads [milliseconds for each figure]]
  *
  * Cores of shared machines slow down and recover within milliseconds. So what is compared takes
  * turns, and a round counts as quiet when both its peak loops came within 12 % of the best of all.
  */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
-
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <time.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 #include "lightning_indexer.h"
+#include "numbers.h"
 #include "peak.h"
 
 enum {
@@ -41,53 +37,17 @@ static uint16_t *keys, *queries, *weights;
 static int32_t *indices;
 static double patience = 0.4; /* seconds for each figure */
 
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static uint64_t state = 1;
-
-static double uniform(void) {
-    state += 0x9E3779B97F4A7C15u;
-    uint64_t z = state;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return (double)((z ^ (z >> 31)) >> 11) * 0x1p-53;
-}
-
-static double normal(void) {
-    double sum = 0;
-    for (int i = 0; i < 12; i++)
-        sum += uniform();
-    return sum - 6;
-}
+static struct random generator = {1};
 
 static uint16_t *numbers(size_t n) {
     uint16_t *list = aligned_alloc(4096, (n * sizeof *list + 4095) / 4096 * 4096);
     if (!list)
         exit(EXIT_FAILURE);
-    for (size_t i = 0; i < n && i < 1 << 23; i++) {
-        union {
-            float f;
-            uint32_t bits;
-        } x = {(float)normal()};
-        list[i] = (uint16_t)(x.bits >> 16);
-    }
+    for (size_t i = 0; i < n && i < 1 << 23; i++)
+        list[i] = float_to_bf16(random_normal(&generator));
     for (size_t i = 1 << 23; i < n; i++) /* enough of them; again from other places */
         list[i] = list[i - (1 << 23) + 64];
     return list;
-}
-
-static int compare(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return x < y ? -1 : x > y;
-}
-
-static double median(double *list, int n) {
-    qsort(list, (size_t)n, sizeof *list, compare);
-    return n ? list[n / 2] : NAN;
 }
 
 /* One call: batches that lie one behind the other in the packed layout. */
@@ -193,7 +153,8 @@ static void one_thread(const char *name, int tokens, int n_keys) {
             quiet[n_quiet++] = flop(&s) / seconds[i] / best;
         }
     }
-    double middle_us = median(quiet_us, n_quiet), middle = median(quiet, n_quiet);
+    double middle_us = n_quiet ? median(quiet_us, n_quiet) : NAN;
+    double middle = n_quiet ? median(quiet, n_quiet) : NAN;
     printf("%-12s 1 thread: peak %.2f TFLOP/s; quiet rounds %d of %d: median %.1f us, %.3f of peak, "
            "best %.3f; all rounds: median %.3f of the peak around them\n",
            name, best * 1e-12, n_quiet, n, middle_us, middle,
@@ -279,7 +240,7 @@ static void ragged(const char *name, int tokens, double mean, int threads) {
     for (int i = 0; i < 2; i++)
         s[i] = (struct shape){.batches = BATCHES, .mode = LIDX_MODE_FULL};
     for (int b = 0; b < BATCHES; b++) {
-        double length = mean * exp(0.8 * normal() - 0.32);
+        double length = mean * exp(0.8 * random_normal(&generator) - 0.32);
         sum += length < 64 ? 64 : (int32_t)length;
         s[0].key_ends[b] = sum;
         s[0].query_ends[b] = s[1].query_ends[b] = tokens * (b + 1);

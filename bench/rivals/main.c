@@ -15,11 +15,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
+#include "../../tools/numbers.h"
 #include "../../tools/peak.h"
 #include "lightning_indexer.h"
 #include "rivals.h"
@@ -67,44 +67,13 @@ static void *take(size_t bytes) {
     return memory;
 }
 
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static int compare(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return x < y ? -1 : x > y;
-}
-
-static double median(double *list, int n) {
-    qsort(list, (size_t)n, sizeof *list, compare);
-    return list[n / 2];
-}
-
 /* ---- data ------------------------------------------------------------------------------------ */
 
-/* Nearly normal: the sum of four uniform numbers, variance 1. */
-static float random_number(uint64_t *state) {
-    uint64_t z = *state += 0x9E3779B97F4A7C15u;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    z ^= z >> 31;
-    double sum = 0;
-    for (int i = 0; i < 4; i++)
-        sum += (double)(z >> 16 * i & 0xFFFF) / 65536 - 0.5;
-    return (float)(sum * 1.7320508);
-}
-
-static uint16_t *random_bf16(size_t n, uint64_t state) {
+static uint16_t *random_bf16(size_t n, uint64_t seed) {
+    struct random random = {seed};
     uint16_t *list = take(n * sizeof *list);
-    for (size_t i = 0; i < n && i < FILL; i++) {
-        float x = random_number(&state);
-        uint32_t bits;
-        memcpy(&bits, &x, sizeof bits);
-        list[i] = (uint16_t)(bits >> 16);
-    }
+    for (size_t i = 0; i < n && i < FILL; i++)
+        list[i] = float_to_bf16(random_normal(&random));
     for (size_t i = FILL; i < n; i++) /* enough of them; again from other places */
         list[i] = list[i - FILL + 192];
     return list;
@@ -112,12 +81,12 @@ static uint16_t *random_bf16(size_t n, uint64_t state) {
 
 static void make_data(int n_query, int n_key) {
     size_t n_out = (size_t)n_query * TOP_K;
-    uint64_t state = 3;
+    struct random random = {3};
     keys = random_bf16((size_t)n_key * DIM, 1);
     queries = random_bf16((size_t)n_query * HEADS * DIM, 2);
     weights = take((size_t)n_query * HEADS * sizeof *weights);
     for (int i = 0; i < n_query * HEADS; i++)
-        weights[i] = random_number(&state);
+        weights[i] = random_normal(&random);
     indices = take(n_out * sizeof *indices);
     rival_indices = take(n_out * sizeof *indices);
     values = take(n_out * sizeof *values);
