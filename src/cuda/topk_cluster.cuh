@@ -30,7 +30,6 @@ template <class Z> struct cluster_shared {
     struct shared<Z> row;  /* hist: the sums over the cluster */
     uint32_t count[BINS];  /* of this block's part */
     uint32_t base;         /* where in the list this block's candidates go */
-    uint32_t n_local;      /* candidates of this block's part */
     uint32_t crowded;      /* somewhere in the cluster a bucket got more than it holds */
     alignas(16) uint32_t filled[PLACES / 4]; /* members of each bucket, a byte each */
     alignas(16) uint32_t first[PLACES / 4];  /* rank of the first member of four buckets */
@@ -114,10 +113,7 @@ static __device__ __forceinline__ void deal_part(struct cluster_shared<Z> *c, co
 #pragma unroll
     for (uint32_t i = 0; i < 4 * CLUSTER_GROUPS; i++)
         take += key[i] <= edge;
-    uint32_t upto = warp_inclusive(take), at = 0;
-    if (lane_id() == LANES - 1)
-        at = atomicAdd(&c->n_local, upto);
-    at = __shfl_sync(ALL_LANES, at, LANES - 1) + upto - take;
+    uint32_t at = reserve(s, take);
 #pragma unroll
     for (uint32_t i = 0; i < 4 * CLUSTER_GROUPS; i++) {
         if (key[i] <= edge && at < Z::LIST)
@@ -126,8 +122,8 @@ static __device__ __forceinline__ void deal_part(struct cluster_shared<Z> *c, co
     }
     bool fits = at <= Z::LIST;
     __syncthreads();
-    uint32_t n_local = min(c->n_local, Z::LIST);
-    for (uint32_t j = threadIdx.x; j < n_local; j += Z::THREADS) {
+    uint32_t n_list = min(s->n_list, Z::LIST);
+    for (uint32_t j = threadIdx.x; j < n_list; j += Z::THREADS) {
         uint64_t item = s->list[j];
         uint32_t word = item >> 32, bin = word >> 21, before = s->hist[bin];
         uint32_t number = spread * before +
@@ -275,30 +271,17 @@ static __device__ __forceinline__ void begin_cluster(struct cluster_shared<Z> *c
     zero<Z, BINS>(c->count);
     zero<Z, PLACES / 4>(c->filled);
     if (threadIdx.x == 0)
-        c->n_local = c->crowded = 0;
+        s->n_list = c->crowded = 0;
     cluster_arrive();
-    if (threadIdx.x == 0) {
-        wait_for_scores();
-        s->row = find_row(slab, slab->row_begin + blockIdx.x / CLUSTER);
-    }
-    wait_for_scores();
-    __syncthreads();
+    await_row(s, slab, slab->row_begin + blockIdx.x / CLUSTER);
 }
 
 /* Fills the list with what deal_row could not do. True in the first block alone. */
 template <class Z> static __device__ __noinline__ bool feed_uneven(void) {
     struct shared<Z> *s = shared_memory<Z>();
     struct cluster_shared<Z> *c = (struct cluster_shared<Z> *)s;
-    zero<Z, BINS>(s->hist);
+    clear_row(s);
     zero<Z, BINS>(c->count);
-    zero<Z, Z::WORDS>(s->counter);
-    if (threadIdx.x == 0) {
-        s->n_list = 0;
-        s->n_tied = 0;
-        s->crowded = 0;
-        s->last_low = 0xFFFFFFFFu;
-        s->last_high = 0;
-    }
     __syncthreads();
     if (s->row.n > SHORT) {
         cluster_sync();

@@ -66,11 +66,8 @@ static __device__ __forceinline__ void wait_for_scores(void) {
 #endif
 }
 
-/* Zeroes what a row's work expects to be zero and finds the row. Nothing in global memory is read
- * before the wait: the kernel may have been started before those ahead of it have ended. */
-template <class Z>
-static __device__ __forceinline__ void begin_row(struct shared<Z> *s, const struct slab *slab,
-                                                 int64_t number) {
+/* An empty list, and counters at zero. */
+template <class Z> static __device__ __forceinline__ void clear_row(struct shared<Z> *s) {
     zero<Z, BINS>(s->hist);
     zero<Z, Z::WORDS>(s->counter);
     if (threadIdx.x == 0) {
@@ -79,11 +76,27 @@ static __device__ __forceinline__ void begin_row(struct shared<Z> *s, const stru
         s->crowded = 0;
         s->last_low = 0xFFFFFFFFu;
         s->last_high = 0;
+    }
+}
+
+/* Finds the row when there are scores. Nothing in global memory is read before the wait: the kernel
+ * may have been started before those ahead of it have ended. */
+template <class Z>
+static __device__ __forceinline__ void await_row(struct shared<Z> *s, const struct slab *slab,
+                                                 int64_t number) {
+    if (threadIdx.x == 0) {
         wait_for_scores();
         s->row = find_row(slab, number);
     }
     wait_for_scores();
     __syncthreads();
+}
+
+template <class Z>
+static __device__ __forceinline__ void begin_row(struct shared<Z> *s, const struct slab *slab,
+                                                 int64_t number) {
+    clear_row(s);
+    await_row(s, slab, number);
 }
 
 template <class Z>
