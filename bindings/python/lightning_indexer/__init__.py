@@ -20,6 +20,7 @@ import sys as _sys
 import warnings as _warnings
 
 from ._library import cpu_features, kernels, version
+from ._library import with_defaults as _with_defaults
 
 __version__ = version()
 __all__ = ["cpu_features", "kernels", "lightning_indexer", "version"]
@@ -122,9 +123,9 @@ def lightning_indexer(
     Threads: any may call; each has a context of its own, up to 4 MiB for each CPU thread that
     works for it. For torch tensors that is `torch.get_num_threads()`, else OpenMP's default.
     """
-    if isinstance(query, _TorchTensor):
-        call = _torch.with_values if return_values else _torch.page
-        return call(
+    is_torch = isinstance(query, _TorchTensor)
+    if is_torch and not return_values:
+        return _torch.page(
             query,
             key,
             weights,
@@ -137,22 +138,15 @@ def lightning_indexer(
             sparse_mode,
         )
 
+    lists = (actual_seq_lengths_query, actual_seq_lengths_key, block_table)
+    options = _with_defaults(layout_query, layout_key, sparse_count, sparse_mode)
+    if is_torch:
+        return _torch.with_values(query, key, weights, lists, options)
+
     torch = _sys.modules.get("torch")
     if torch is not None and isinstance(query, torch.Tensor):
         raise RuntimeError(f"lightning_indexer is not registered with torch: {_torch_error}")
 
     from . import _arrays
 
-    return _arrays.lightning_indexer(
-        query,
-        key,
-        weights,
-        actual_seq_lengths_query,
-        actual_seq_lengths_key,
-        block_table,
-        layout_query="BSND" if layout_query is None else layout_query,
-        layout_key="BSND" if layout_key is None else layout_key,
-        sparse_count=2048 if sparse_count is None else sparse_count,
-        sparse_mode=3 if sparse_mode is None else sparse_mode,
-        return_values=return_values,
-    )
+    return _arrays.lightning_indexer(query, key, weights, *lists, *options, return_values)

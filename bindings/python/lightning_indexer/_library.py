@@ -14,6 +14,16 @@ INT, UINT, FLOAT, BFLOAT = 0, 1, 2, 4
 LAYOUTS = {"BSND": 0, "TND": 1, "PA_BSND": 2}
 
 
+def with_defaults(layout_query, layout_key, sparse_count, sparse_mode):
+    """The options, with the operator's defaults for those that are None."""
+    return (
+        "BSND" if layout_query is None else layout_query,
+        "BSND" if layout_key is None else layout_key,
+        2048 if sparse_count is None else sparse_count,
+        3 if sparse_mode is None else sparse_mode,
+    )
+
+
 class Device(ctypes.Structure):
     _fields_ = [("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32)]
 

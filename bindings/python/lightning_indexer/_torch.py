@@ -139,8 +139,8 @@ def _fake_page(
     sparse_mode=None,
 ):
     lists = (actual_seq_lengths_query, actual_seq_lengths_key, block_table)
-    count = 2048 if sparse_count is None else sparse_count
-    return _fake_indices(query, key, weights, *lists, layout_query or "BSND", count)
+    options = _library.with_defaults(layout_query, layout_key, sparse_count, sparse_mode)
+    return _fake_indices(query, key, weights, *lists, options[0], options[2])
 
 
 def _fake_npu(
@@ -215,29 +215,10 @@ def register():
     page = torch.ops.lightning_indexer.lightning_indexer.default
 
 
-def with_values(
-    query,
-    key,
-    weights,
-    actual_seq_lengths_query,
-    actual_seq_lengths_key,
-    block_table,
-    layout_query,
-    layout_key,
-    sparse_count,
-    sparse_mode,
-):
-    """(indices, values); the options may be None, as they may for `page`."""
+def with_values(query, key, weights, lists, options):
+    """(indices, values) of the two lists of lengths and the table, and the four options."""
+    names = ("actual_seq_lengths_query", "actual_seq_lengths_key", "block_table")
+    names += ("layout_query", "layout_key", "sparse_count", "sparse_mode")
     return torch.ops.lightning_indexer.npu_lightning_indexer(
-        query,
-        key,
-        weights,
-        actual_seq_lengths_query=actual_seq_lengths_query,
-        actual_seq_lengths_key=actual_seq_lengths_key,
-        block_table=block_table,
-        layout_query="BSND" if layout_query is None else layout_query,
-        layout_key="BSND" if layout_key is None else layout_key,
-        sparse_count=2048 if sparse_count is None else sparse_count,
-        sparse_mode=3 if sparse_mode is None else sparse_mode,
-        return_value=True,
+        query, key, weights, **dict(zip(names, (*lists, *options))), return_value=True
     )
