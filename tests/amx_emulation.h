@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The tile instructions of src/cpu/amx.c in plain C, so that any x86 machine with AVX-512 can run
- * that file. It defines macros with the names of the compiler's intrinsics; include it before the
- * source that uses them.
+ * The tile instructions of src/cpu/amx_tiles.h in plain C, so that any x86 machine with AVX-512 can
+ * run the AMX kernel. It defines macros with the names of the compiler's intrinsics; include it
+ * before the source that uses them.
  *
  * What is emulated, after the Intel 64 and IA-32 Architectures Software Developer's Manual:
  *

@@ -17,7 +17,7 @@
 #include "kernel_speed.h"
 
 #if defined(__x86_64__)
-/* amx.c on tile instructions in plain C, for machines that have none. */
+/* The AMX kernel on tile instructions in plain C, for machines that have none. */
 extern const struct kernel lidx_kernel_amx_emulated;
 #endif
 

@@ -38,17 +38,18 @@ public='"lightning_indexer\.h"'
 core='"(backend|check|dtype|error|problem|visible)\.h"'
 above='"\.\./(backend|dtype|error|problem|visible)\.h"'
 intrinsics='<(immintrin|arm_neon|cpuid)\.h>'
-isa='amx avx2 avx512 avx512_bf16 neon scalar sve'
+isa='amx avx2 avx512 neon scalar sve' # FILE.c, FILE.h, FILE_PART.c ...
 
 room 'include/lightning_indexer.h' '<(stddef|stdint)\.h>'
 room 'src/*.c src/*.h' "$c|$public|$core"
 others=$(for file in src/cpu/*.c src/cpu/*.h; do
-    case " $isa " in *" $(basename "$file" .c) "*) ;; *) echo "$file" ;; esac
+    stem=${file##*/}
+    case " $isa " in *" ${stem%%[._]*} "*) ;; *) echo "$file" ;; esac
 done | tr '\n' ' ')
 # shellcheck disable=SC2086 # room splits its first argument itself
 room "$others" "$c|$public|$above|\"(environment|features|kernel|kernels|plan|topk)\.h\"|$intrinsics|<omp\.h>|<(sys/auxv|sys/syscall|pthread|unistd)\.h>"
 for stem in $isa; do
-    room "src/cpu/$stem.c" "$c|\"\.\./dtype\.h\"|\"(kernel|features|avx512)\.h\"|$intrinsics"
+    room "src/cpu/$stem.[ch] src/cpu/${stem}_*.[ch]" "$c|\"\.\./dtype\.h\"|\"(kernel|features|avx512|amx(_[a-z]+)?)\.h\"|$intrinsics"
 done
 room 'src/cpu/plan.c src/cpu/plan.h' '"plan\.h"|"\.\./visible\.h"'
 room 'src/cuda/*.c' "$c|$public|$above|\"launch\.h\"|<cuda_runtime_api\.h>"
