@@ -39,8 +39,9 @@ static int same_value(const struct scenario *s, const struct form *f, const unsi
     return half == test_to_half(want, s->is_bf16);
 }
 
-int64_t answers_difference(const struct answers *a, const struct scenario *s,
-                           const struct rendering *r, const struct form *f, int g, int64_t i) {
+/* The first slot in which row i of segment g differs; -1 if none does. */
+static int64_t difference(const struct answers *a, const struct scenario *s,
+                          const struct rendering *r, const struct form *f, int g, int64_t i) {
     const struct segment *e = &f->segment[g];
     int64_t k = s->top_k, row = (e->row + i) * k;
     const int32_t *index = rendering_indices(r, f, g, i);
@@ -52,4 +53,24 @@ int64_t answers_difference(const struct answers *a, const struct scenario *s,
         if (!same_value(s, f, value, j, a->value[e->batch][row + j]))
             return j;
     return -1;
+}
+
+void answers_check(const struct answers *a, const struct scenario *s, const struct rendering *r,
+                   const struct form *f, const char *run, ...) {
+    char text[1024];
+    va_list arguments;
+    va_start(arguments, run);
+    vsnprintf(text, sizeof text, run, arguments);
+    va_end(arguments);
+    for (int g = 0; g < f->n_segments; g++)
+        for (int64_t i = 0; i < f->segment[g].n_rows; i++) {
+            const struct segment *e = &f->segment[g];
+            int64_t slot = difference(a, s, r, f, g, i), row = e->row + i, at = slot < 0 ? 0 : slot;
+            if (!CHECK(slot < 0, "%s: row %lld of batch %d differs in slot %lld (key %d, not %d)",
+                       text, (long long)row, e->batch, (long long)slot,
+                       (int)rendering_indices(r, f, g, i)[at],
+                       (int)a->index[e->batch][row * s->top_k + at]))
+                return;
+        }
+    CHECK(rendering_gaps_intact(r), "%s: bytes between rows were written", text);
 }

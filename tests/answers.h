@@ -20,9 +20,11 @@ void answers_free(struct answers *a, const struct scenario *s);
 void answers_keep(struct answers *a, const struct scenario *s, const struct rendering *r,
                   const struct form *f);
 
-/* The first slot in which row i of segment g differs from what was kept, bit by bit; -1 if none
- * does. */
-int64_t answers_difference(const struct answers *a, const struct scenario *s,
-                           const struct rendering *r, const struct form *f, int g, int64_t i);
+/* Checks that each row of a rendering in any form is what was kept, bit by bit, and that nothing
+ * was written between rows. The format, which says what was run, begins the sentence about the
+ * first that is not. */
+__attribute__((format(printf, 5, 6))) void
+answers_check(const struct answers *a, const struct scenario *s, const struct rendering *r,
+              const struct form *f, const char *run, ...);
 
 #endif
