@@ -50,17 +50,17 @@ extern "C" {
 
 enum lidx_status {
     LIDX_OK = 0,
-    LIDX_ERR_ARGUMENT = 1,   /* a required argument is missing, or one is given that must not be */
-    LIDX_ERR_LAYOUT = 2,     /* a layout, or a pair of layouts, that does not exist */
-    LIDX_ERR_SHAPE = 3,      /* a dimension is not what the others require */
-    LIDX_ERR_DTYPE = 4,      /* an element type that the argument does not take */
-    LIDX_ERR_STRIDE = 5,     /* an inner dimension is not contiguous */
-    LIDX_ERR_OPTION = 6,     /* sparse_count, sparse_mode, threads or kernel out of range */
-    LIDX_ERR_VALUE = 7,      /* a length or a page id out of range (CPU tensors only) */
-    LIDX_ERR_DEVICE = 8,     /* tensors on different devices, or on one that is not supported */
-    LIDX_ERR_WORKSPACE = 9,  /* workspace missing, too small or misaligned */
-    LIDX_ERR_MEMORY = 10,    /* the host allocator refused (only while creating a context) */
-    LIDX_ERR_CUDA = 11       /* the CUDA runtime refused; the sentence carries its words */
+    LIDX_ERR_ARGUMENT = 1,  /* a required argument is missing, or one is given that must not be */
+    LIDX_ERR_LAYOUT = 2,    /* a layout, or a pair of layouts, that does not exist */
+    LIDX_ERR_SHAPE = 3,     /* a dimension is not what the others require */
+    LIDX_ERR_DTYPE = 4,     /* an element type that the argument does not take */
+    LIDX_ERR_STRIDE = 5,    /* an inner dimension is not contiguous */
+    LIDX_ERR_OPTION = 6,    /* sparse_count, sparse_mode, threads or kernel out of range */
+    LIDX_ERR_VALUE = 7,     /* a length or a page id out of range (CPU tensors only) */
+    LIDX_ERR_DEVICE = 8,    /* tensors on different devices, or on one that is not supported */
+    LIDX_ERR_WORKSPACE = 9, /* workspace missing, too small or misaligned */
+    LIDX_ERR_MEMORY = 10,   /* the host allocator refused (only while creating a context) */
+    LIDX_ERR_CUDA = 11      /* the CUDA runtime refused; the sentence carries its words */
 };
 
 /* DLPack's DLDevice, DLDataType and DLTensor, field by field: a DLTensor pointer may be cast. */
@@ -154,7 +154,8 @@ struct lidx_options {
                          * A CPU kernel's name leaves the choice on CUDA alone, and vice versa. */
 };
 
-#define LIDX_OPTIONS_INIT {sizeof(struct lidx_options), 0, NULL}
+#define LIDX_OPTIONS_INIT                                                                          \
+    { sizeof(struct lidx_options), 0, NULL }
 
 struct lidx_context;
 

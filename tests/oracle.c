@@ -20,7 +20,7 @@ int64_t oracle_exact_rows(const struct oracle *o) {
     return n;
 }
 
-/* ---- the check of a row ----------------------------------------------------------------------- */
+/* ---- the check of a row ---------------------------------------------------------------------- */
 
 struct answer {
     const int32_t *index;
@@ -32,9 +32,9 @@ struct answer {
     size_t why_size;
 };
 
-#if defined(__GNUC__)
-__attribute__((format(printf, 2, 3)))
-#endif
+static int wrong(const struct answer *a, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
+
 static int wrong(const struct answer *a, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);

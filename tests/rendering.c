@@ -4,11 +4,7 @@
  */
 #include "scenario.h"
 
-static int one_in(struct rng *rng, uint64_t n) {
-    return rng_below(rng, n) == 0;
-}
-
-/* ---- forms ------------------------------------------------------------------------------------ */
+/* ---- forms ----------------------------------------------------------------------------------- */
 
 void form_whole(struct form *f, const struct scenario *s) {
     f->n_segments = s->n_batch;
@@ -20,13 +16,13 @@ void form_random_layout(struct form *f, struct rng *rng) {
     int pair = (int)rng_below(rng, 4);
     f->layout_query = pair & 1 ? LIDX_TND : LIDX_BSND;
     f->layout_key = pair & 2 ? LIDX_PA_BSND : f->layout_query;
-    f->page_size = one_in(rng, 2) ? 16 << rng_below(rng, 7) : 16 * rng_between(rng, 1, 64);
+    f->page_size = rng_one_in(rng, 2) ? 16 << rng_below(rng, 7) : 16 * rng_between(rng, 1, 64);
     f->values = (int)rng_below(rng, 3);
-    f->strided = one_in(rng, 2);
-    f->lists = one_in(rng, 2);
-    f->share_pages = one_in(rng, 2);
-    f->after = one_in(rng, 2);
-    f->pad = one_in(rng, 2) ? 0 : rng_between(rng, 1, 40);
+    f->strided = rng_one_in(rng, 2);
+    f->lists = rng_one_in(rng, 2);
+    f->share_pages = rng_one_in(rng, 2);
+    f->after = rng_one_in(rng, 2);
+    f->pad = rng_one_in(rng, 2) ? 0 : rng_between(rng, 1, 40);
 }
 
 /* Rows [begin, end) of batch b as a run of their own. */
@@ -94,7 +90,7 @@ void form_text(const struct form *f, char *text, size_t size) {
              f->strided, f->lists, (long long)f->pad, f->n_segments);
 }
 
-/* ---- rendering -------------------------------------------------------------------------------- */
+/* ---- rendering ------------------------------------------------------------------------------- */
 
 enum { QUERY, KEY, WEIGHTS, QUERY_LIST, KEY_LIST, TABLE, INDICES, VALUES };
 
@@ -146,14 +142,14 @@ static unsigned char *add(struct renderer *w, int which, struct lidx_dtype dtype
     int64_t n = shape[0] && inner ? (shape[0] - 1) * (inner + gap) + inner : 0;
     r->bytes[which] = (size_t)(n * bytes);
     r->data[which] = place(which, r->bytes[which], w->f->after);
-    int64_t offset = one_in(w->rng, 4) ? bytes * rng_between(w->rng, 0, 9) : 0;
+    int64_t offset = rng_one_in(w->rng, 4) ? bytes * rng_between(w->rng, 0, 9) : 0;
     r->tensor[which] = (struct lidx_tensor){
-        .data = n || one_in(w->rng, 2) ? r->data[which] - offset : NULL,
+        .data = n || rng_one_in(w->rng, 2) ? r->data[which] - offset : NULL,
         .device = {LIDX_CPU, 0},
         .ndim = ndim,
         .dtype = dtype,
         .shape = r->shape[which],
-        .strides = gap || one_in(w->rng, 2) ? r->stride[which] : NULL,
+        .strides = gap || rng_one_in(w->rng, 2) ? r->stride[which] : NULL,
         .byte_offset = n ? (uint64_t)offset : 0,
     };
     if (!n && r->tensor[which].data)
@@ -226,8 +222,8 @@ static void put_queries(struct renderer *w) {
     int64_t row = (int64_t)s->n_heads * s->head_dim;
     unsigned char *query =
         add(w, QUERY, dtype_of(s, 0), 4 - first, shape + first, packed ? 0 : gap(w));
-    unsigned char *weights = add(w, WEIGHTS, dtype_of(s, s->weights_f32), 3 - first, shape + first,
-                                 packed ? 0 : gap(w));
+    unsigned char *weights =
+        add(w, WEIGHTS, dtype_of(s, s->weights_f32), 3 - first, shape + first, packed ? 0 : gap(w));
     for (int g = 0; g < f->n_segments; g++) {
         const struct segment *e = &f->segment[g];
         int64_t at = first_row(w->r, f, QUERY, g, row);
@@ -257,8 +253,7 @@ static void put_plain_keys(struct renderer *w) {
     int64_t n = packed ? total(f, 1) + padding(w) : most(f, 1) + padding(w);
     int64_t shape[4] = {f->n_segments, n, 1, s->head_dim}, row = 0;
     int first = packed ? 1 : 0;
-    unsigned char *key =
-        add(w, KEY, dtype_of(s, 0), 4 - first, shape + first, packed ? 0 : gap(w));
+    unsigned char *key = add(w, KEY, dtype_of(s, 0), 4 - first, shape + first, packed ? 0 : gap(w));
     for (int g = 0; g < f->n_segments; g++) {
         const struct segment *e = &f->segment[g];
         int64_t at = packed ? row * s->head_dim : g * w->r->stride[KEY][0];
@@ -327,7 +322,7 @@ static void put_paged_keys(struct renderer *w) {
     for (int g = 0; g < f->n_segments; g++) {
         const struct segment *e = &f->segment[g];
         for (int64_t i = 0; i < table_shape[1]; i++) {
-            int32_t id = one_in(w->rng, 2) ? INT32_MIN : INT32_MAX; /* never to be read */
+            int32_t id = rng_one_in(w->rng, 2) ? INT32_MIN : INT32_MAX; /* never to be read */
             if (i < pages_of(f, e->n_key)) {
                 id = (int32_t)place_of[page[g * width + i]];
                 fill_page(key + 2 * id * w->r->stride[KEY][0], s, f, e, i);

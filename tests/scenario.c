@@ -5,17 +5,13 @@
 #include "scenario.h"
 
 const char *const data_kind_name[DATA_KINDS] = {
-    "normal", "levels", "copies", "plateau", "shifted", "tiny",    "denormal", "huge",
-    "inf",    "nan",    "equal",  "rising",  "falling", "zero",    "bits"};
-
-static int one_in(struct rng *rng, uint64_t n) {
-    return rng_below(rng, n) == 0;
-}
+    "normal", "levels", "copies", "plateau", "shifted", "tiny", "denormal", "huge",
+    "inf",    "nan",    "equal",  "rising",  "falling", "zero", "bits"};
 
 static int64_t pick_length(struct rng *rng, int64_t most) {
-    if (one_in(rng, 12))
+    if (rng_one_in(rng, 12))
         return 0;
-    if (one_in(rng, 6))
+    if (rng_one_in(rng, 6))
         return 1;
     int64_t limit = rng_between(rng, 1, most);
     return rng_between(rng, 1, limit);
@@ -23,7 +19,7 @@ static int64_t pick_length(struct rng *rng, int64_t most) {
 
 static int pick_heads(struct rng *rng) {
     static const int usual[] = {64, 32, 16, 8, 1, 128, 4, 2};
-    return one_in(rng, 2) ? usual[rng_below(rng, 8)] : (int)rng_between(rng, 1, 128);
+    return rng_one_in(rng, 2) ? usual[rng_below(rng, 8)] : (int)rng_between(rng, 1, 128);
 }
 
 static int pick_top_k(const struct scenario *s, struct rng *rng) {
@@ -47,7 +43,7 @@ static int pick_top_k(const struct scenario *s, struct rng *rng) {
         k = rng_between(rng, 1, 8192);
         break;
     case 5:
-        k = one_in(rng, 4) ? 8192 : 2048;
+        k = rng_one_in(rng, 4) ? 8192 : 2048;
         break;
     case 6:
         k = 1;
@@ -72,15 +68,16 @@ static double slots(const struct scenario *s) {
 
 void scenario_make(struct scenario *s, struct rng *rng, double work) {
     memset(s, 0, sizeof *s);
-    s->is_bf16 = !one_in(rng, 3);
-    s->weights_f32 = one_in(rng, 2);
-    s->head_dim = one_in(rng, 3) ? 64 : 128;
-    s->mode = one_in(rng, 4) ? LIDX_MODE_FULL : LIDX_MODE_CAUSAL;
+    s->is_bf16 = !rng_one_in(rng, 3);
+    s->weights_f32 = rng_one_in(rng, 2);
+    s->head_dim = rng_one_in(rng, 3) ? 64 : 128;
+    s->mode = rng_one_in(rng, 4) ? LIDX_MODE_FULL : LIDX_MODE_CAUSAL;
     s->n_heads = pick_heads(rng);
-    s->n_batch = one_in(rng, 30) ? 0 : (int)rng_between(rng, 1, one_in(rng, 2) ? 2 : MAX_BATCH);
+    s->n_batch =
+        rng_one_in(rng, 30) ? 0 : (int)rng_between(rng, 1, rng_one_in(rng, 2) ? 2 : MAX_BATCH);
     s->kind = (enum data_kind)rng_below(rng, DATA_KINDS);
-    int64_t most_query = one_in(rng, 3) ? 1 : one_in(rng, 2) ? 6 : 50;
-    int64_t most_key = one_in(rng, 4) ? 12000 : one_in(rng, 2) ? 1500 : 150;
+    int64_t most_query = rng_one_in(rng, 3) ? 1 : rng_one_in(rng, 2) ? 6 : 50;
+    int64_t most_key = rng_one_in(rng, 4) ? 12000 : rng_one_in(rng, 2) ? 1500 : 150;
     for (int b = 0; b < s->n_batch; b++) {
         s->n_query[b] = pick_length(rng, most_query);
         s->n_key[b] = pick_length(rng, most_key);
@@ -118,14 +115,14 @@ static uint16_t element(const struct scenario *s, struct rng *rng, int is_key) {
     case DATA_TINY:
         return half_of(s, rng_normal(rng) * tiny_scale(s));
     case DATA_DENORMAL:
-        return one_in(rng, 2) ? (uint16_t)(sign | (rng_next(rng) & denormal))
-                              : half_of(s, rng_normal(rng));
+        return rng_one_in(rng, 2) ? (uint16_t)(sign | (rng_next(rng) & denormal))
+                                  : half_of(s, rng_normal(rng));
     case DATA_HUGE:
-        return one_in(rng, 4) ? (uint16_t)(sign | (infinity - 1)) : half_of(s, rng_normal(rng));
+        return rng_one_in(rng, 4) ? (uint16_t)(sign | (infinity - 1)) : half_of(s, rng_normal(rng));
     case DATA_INFINITE:
-        return one_in(rng, 300) ? (uint16_t)(sign | infinity) : half_of(s, rng_normal(rng));
+        return rng_one_in(rng, 300) ? (uint16_t)(sign | infinity) : half_of(s, rng_normal(rng));
     case DATA_NAN:
-        return one_in(rng, is_key ? 400 : 4000)
+        return rng_one_in(rng, is_key ? 400 : 4000)
                    ? (uint16_t)(sign | (infinity + 1 + (rng_next(rng) & (denormal >> 1))))
                    : half_of(s, rng_normal(rng));
     case DATA_ZERO:
@@ -138,7 +135,7 @@ static uint16_t element(const struct scenario *s, struct rng *rng, int is_key) {
 }
 
 static float weight(const struct scenario *s, struct rng *rng) {
-    float x = one_in(rng, 12) ? 0 : rng_normal(rng);
+    float x = rng_one_in(rng, 12) ? 0 : rng_normal(rng);
     switch (s->kind) {
     case DATA_LEVELS:
         x = (float)rng_between(rng, -2, 2);
@@ -149,16 +146,16 @@ static float weight(const struct scenario *s, struct rng *rng) {
         x = fabsf(x);
         break;
     case DATA_TINY:
-        x = one_in(rng, 2) ? x : x * 1e-3f;
+        x = rng_one_in(rng, 2) ? x : x * 1e-3f;
         break;
     case DATA_INFINITE:
-        x = one_in(rng, 300) ? INFINITY : x;
+        x = rng_one_in(rng, 300) ? INFINITY : x;
         break;
     case DATA_NAN:
-        x = one_in(rng, 1000) ? NAN : x;
+        x = rng_one_in(rng, 1000) ? NAN : x;
         break;
     case DATA_ZERO:
-        x = one_in(rng, 2) ? -0.0f : 0.0f;
+        x = rng_one_in(rng, 2) ? -0.0f : 0.0f;
         break;
     case DATA_BITS:
         x = s->weights_f32 ? test_float_from_bits((uint32_t)rng_next(rng))
@@ -176,7 +173,8 @@ static void shape_key(const struct scenario *s, struct rng *rng, int b, int64_t 
     int64_t other = j;
     if (s->kind == DATA_EQUAL)
         other = 0;
-    else if ((s->kind == DATA_COPIES && j > 4 && !one_in(rng, 12)) || (j && one_in(rng, 40)))
+    else if ((s->kind == DATA_COPIES && j > 4 && !rng_one_in(rng, 12)) ||
+             (j && rng_one_in(rng, 40)))
         other = (int64_t)rng_below(rng, (uint64_t)(s->kind == DATA_COPIES && j > 9 ? 9 : j));
     if (other != j) {
         memcpy(key, s->key[b] + other * s->head_dim, sizeof *key * (size_t)s->head_dim);
@@ -231,10 +229,10 @@ void scenario_free(struct scenario *s) {
 }
 
 void scenario_text(const struct scenario *s, char *text, size_t size) {
-    int used = snprintf(text, size, "%s, %s, weights %s, N1 %d, D %d, k %d, mode %d, L1/L2",
-                        data_kind_name[s->kind], s->is_bf16 ? "bf16" : "fp16",
-                        s->weights_f32 ? "f32" : "16 bit", s->n_heads, s->head_dim, s->top_k,
-                        s->mode);
+    int used =
+        snprintf(text, size, "%s, %s, weights %s, N1 %d, D %d, k %d, mode %d, L1/L2",
+                 data_kind_name[s->kind], s->is_bf16 ? "bf16" : "fp16",
+                 s->weights_f32 ? "f32" : "16 bit", s->n_heads, s->head_dim, s->top_k, s->mode);
     for (int b = 0; b < s->n_batch && used > 0 && (size_t)used < size; b++)
         used += snprintf(text + used, size - (size_t)used, " %lld/%lld", (long long)s->n_query[b],
                          (long long)s->n_key[b]);

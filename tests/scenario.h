@@ -17,20 +17,20 @@ enum { MAX_BATCH = 6, MAX_SEGMENTS = 160, N_BUFFERS = 8 };
 /* What the numbers are like. */
 enum data_kind {
     DATA_NORMAL,
-    DATA_LEVELS,    /* small integers: sums exact in fp32, many ties */
-    DATA_COPIES,    /* few different keys, each many times */
-    DATA_PLATEAU,   /* nearly every dot is negative: plateaus of exact 0 */
-    DATA_SHIFTED,   /* scores crowd around a large number */
-    DATA_TINY,      /* scores of about 1e-8 */
-    DATA_DENORMAL,  /* bf16 and fp16 denormals among the elements */
-    DATA_HUGE,      /* largest finite elements: bf16 sums overflow fp32 */
-    DATA_INFINITE,  /* +-inf here and there */
-    DATA_NAN,       /* NaN in query, key or weights */
-    DATA_EQUAL,     /* all keys alike */
-    DATA_RISING,    /* scores grow with the position: each key beats all before */
-    DATA_FALLING,
-    DATA_ZERO,      /* +0 and -0 only */
-    DATA_BITS,      /* any bit patterns */
+    DATA_LEVELS,   /* small integers: sums exact in fp32, many ties */
+    DATA_COPIES,   /* few different keys, each many times */
+    DATA_PLATEAU,  /* nearly every dot is negative: plateaus of exact 0 */
+    DATA_SHIFTED,  /* scores crowd around a large number */
+    DATA_TINY,     /* scores of about 1e-8 */
+    DATA_DENORMAL, /* bf16 and fp16 denormals among the elements */
+    DATA_HUGE,     /* largest finite elements: bf16 sums overflow fp32 */
+    DATA_INFINITE, /* +-inf here and there */
+    DATA_NAN,      /* NaN in query, key or weights */
+    DATA_EQUAL,    /* all keys alike */
+    DATA_RISING,   /* scores grow with the position: each key beats all before */
+    DATA_FALLING,  /* the first keys are the best */
+    DATA_ZERO,     /* +0 and -0 only */
+    DATA_BITS,     /* any bit patterns */
     DATA_KINDS
 };
 
@@ -71,12 +71,12 @@ struct form {
     int layout_query;
     int layout_key;
     int64_t page_size;
-    int values;       /* 0 none, 1 float32, 2 the query's dtype */
-    int strided;      /* gaps between batches and pages */
-    int lists;        /* give lists that could be left out */
-    int share_pages;  /* segments of one batch use the same pages */
-    int after;        /* buffers end at, or else begin behind, an unmapped page */
-    int64_t pad;      /* more rows, keys, pages and table entries than needed, up to this */
+    int values;      /* 0 none, 1 float32, 2 the query's dtype */
+    int strided;     /* gaps between batches and pages */
+    int lists;       /* give lists that could be left out */
+    int share_pages; /* segments of one batch use the same pages */
+    int after;       /* buffers end at, or else begin behind, an unmapped page */
+    int64_t pad;     /* more rows, keys, pages and table entries than needed, up to this */
     int n_segments;
     struct segment segment[MAX_SEGMENTS];
 };

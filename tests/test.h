@@ -39,11 +39,8 @@ __attribute__((weak)) long test_passed, test_failed;
 enum { TEST_SHOWN = 20 }; /* failures printed in full; the rest are only counted */
 
 /* Counts one check and says whether it held. Not for use inside a parallel region. */
-#if defined(__GNUC__)
-__attribute__((format(printf, 5, 6)))
-#endif
-static inline int test_check(int holds, const char *file, int line, const char *condition,
-                             const char *format, ...) {
+__attribute__((format(printf, 5, 6))) static inline int
+test_check(int holds, const char *file, int line, const char *condition, const char *format, ...) {
     if (holds) {
         test_passed++;
         return 1;
@@ -60,9 +57,12 @@ static inline int test_check(int holds, const char *file, int line, const char *
     return 0;
 }
 
+static inline const char *test_text(const char *text) {
+    return text ? text : "(null)";
+}
+
 /* CHECK(condition, "format", ...): the sentence says which case it was. */
-#define CHECK(condition, ...)                                                                      \
-    test_check(!!(condition), __FILE__, __LINE__, #condition, __VA_ARGS__)
+#define CHECK(condition, ...) test_check(!!(condition), __FILE__, __LINE__, #condition, __VA_ARGS__)
 
 #define CHECK_INT(got, want, what)                                                                 \
     do {                                                                                           \
@@ -73,10 +73,9 @@ static inline int test_check(int holds, const char *file, int line, const char *
 
 #define CHECK_STRING(got, want, what)                                                              \
     do {                                                                                           \
-        const char *check_got = (got), *check_want = (want);                                       \
-        test_check(check_got && strcmp(check_got, check_want) == 0, __FILE__, __LINE__,            \
-                   #got " is " #want, "%s: got \"%s\", want \"%s\"", (what),                       \
-                   check_got ? check_got : "(null)", check_want);                                  \
+        const char *check_got = test_text(got), *check_want = (want);                              \
+        test_check(strcmp(check_got, check_want) == 0, __FILE__, __LINE__, #got " is " #want,      \
+                   "%s: got \"%s\", want \"%s\"", (what), check_got, check_want);                  \
     } while (0)
 
 /* Prints the closing line; the exit status of main. A test that checked nothing has failed. */
@@ -123,6 +122,11 @@ static inline uint64_t rng_next(struct rng *rng) {
 /* 0 .. n - 1, n >= 1; the bias is below n / 2^64. */
 static inline uint64_t rng_below(struct rng *rng, uint64_t n) {
     return rng_next(rng) % n;
+}
+
+/* True once in n times. */
+static inline int rng_one_in(struct rng *rng, uint64_t n) {
+    return rng_below(rng, n) == 0;
 }
 
 /* low .. high, both included. */
@@ -199,7 +203,6 @@ static inline uint16_t test_to_fp16(float x) {
     return sign | (uint16_t)((exponent + 14) * 1024 + (int)steps);
 }
 
-/* By DLPack type code and bits, so that tests need no header of src/: 4/16 is bf16, 2/16 fp16. */
 static inline uint16_t test_to_half(float x, int is_bf16) {
     return is_bf16 ? test_to_bf16(x) : test_to_fp16(x);
 }
@@ -223,8 +226,8 @@ static inline struct guard guard_make(size_t size, int after) {
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
     size_t body = (size + page - 1) / page * page;
     struct guard guard = {NULL, size, NULL, body + 2 * page};
-    guard.map = mmap(NULL, guard.map_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
-                     0);
+    guard.map =
+        mmap(NULL, guard.map_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (guard.map == MAP_FAILED) {
         perror("mmap");
         exit(EXIT_FAILURE);

@@ -8,7 +8,7 @@
 
 #include "lightning_indexer.h"
 
-#define SAME(a, b) _Static_assert((a) == (b), #a " is no longer " #b)
+#define SAME(a, b)             _Static_assert((a) == (b), #a " is no longer " #b)
 #define FIELD(type, field, at) SAME(offsetof(struct type, field), at)
 
 #if UINTPTR_MAX == UINT64_MAX
@@ -124,8 +124,8 @@ int main(void) {
     const struct lidx_args args = LIDX_ARGS_INIT;
     const struct lidx_options options = LIDX_OPTIONS_INIT;
     CHECK_INT(args.size, sizeof args, "LIDX_ARGS_INIT");
-    CHECK(!args.query && !args.sparse_values && !args.error_word && !args.workspace,
-          "%s", "LIDX_ARGS_INIT leaves pointers empty");
+    CHECK(!args.query && !args.sparse_values && !args.error_word && !args.workspace, "%s",
+          "LIDX_ARGS_INIT leaves pointers empty");
     CHECK_INT(args.layout_query, LIDX_BSND, "LIDX_ARGS_INIT");
     CHECK_INT(args.sparse_count, 2048, "LIDX_ARGS_INIT");
     CHECK_INT(args.sparse_mode, LIDX_MODE_CAUSAL, "LIDX_ARGS_INIT");

@@ -16,14 +16,24 @@ static void accept(const struct call *c, const char *what) {
               c->indices[i]);
 }
 
-/* ---- faults that any tensor can have ---------------------------------------------------------- */
+/* What is wrong with tensor `which` has this status, and the sentence names the tensor. */
+static void refuse_tensor(const struct call *c, int pair, int which, int status,
+                          const char *fault) {
+    refuse(context, c, status, tensor_name[which], say(fault, pair, which));
+}
+
+/* ---- faults that any tensor can have --------------------------------------------------------- */
 
 static void check_missing(int pair) {
     struct call c;
-    const struct lidx_tensor **field[N_TENSORS] = {
-        &c.args.query,       &c.args.key,          &c.args.weights,
-        &c.args.actual_seq_lengths_query, &c.args.actual_seq_lengths_key, &c.args.block_table,
-        &c.args.sparse_indices, &c.args.sparse_values};
+    const struct lidx_tensor **field[N_TENSORS] = {&c.args.query,
+                                                   &c.args.key,
+                                                   &c.args.weights,
+                                                   &c.args.actual_seq_lengths_query,
+                                                   &c.args.actual_seq_lengths_key,
+                                                   &c.args.block_table,
+                                                   &c.args.sparse_indices,
+                                                   &c.args.sparse_values};
     for (int which = 0; which < N_TENSORS; which++) {
         if (!is_used(pair, which))
             continue;
@@ -34,16 +44,16 @@ static void check_missing(int pair) {
         if (optional)
             accept(&c, say("absent", pair, which));
         else
-            refuse(context, &c, LIDX_ERR_ARGUMENT, tensor_name[which], say("absent", pair, which));
+            refuse_tensor(&c, pair, which, LIDX_ERR_ARGUMENT, "absent");
         valid_call(&c, pair);
         c.t[which].data = NULL;
-        refuse(context, &c, LIDX_ERR_ARGUMENT, tensor_name[which], say("data NULL", pair, which));
+        refuse_tensor(&c, pair, which, LIDX_ERR_ARGUMENT, "data NULL");
         valid_call(&c, pair);
         c.t[which].shape = NULL;
-        refuse(context, &c, LIDX_ERR_ARGUMENT, tensor_name[which], say("shape NULL", pair, which));
+        refuse_tensor(&c, pair, which, LIDX_ERR_ARGUMENT, "shape NULL");
         valid_call(&c, pair);
         c.t[which].byte_offset = 1;
-        refuse(context, &c, LIDX_ERR_ARGUMENT, tensor_name[which], say("misaligned", pair, which));
+        refuse_tensor(&c, pair, which, LIDX_ERR_ARGUMENT, "misaligned");
     }
 }
 
@@ -54,7 +64,7 @@ static void check_dimensions(int pair) {
         for (int i = 0; i < 5 && is_used(pair, which); i++) {
             valid_call(&c, pair);
             c.t[which].ndim += bad[i];
-            refuse(context, &c, LIDX_ERR_SHAPE, tensor_name[which], say("number of dimensions", pair, which));
+            refuse_tensor(&c, pair, which, LIDX_ERR_SHAPE, "number of dimensions");
         }
 }
 
@@ -73,9 +83,9 @@ static void check_sizes(int pair) {
                 break;
             c.t[which].strides = NULL;
             c.shape[which][dim] = -1;
-            refuse(context, &c, LIDX_ERR_SHAPE, tensor_name[which], say("size -1", pair, which));
+            refuse_tensor(&c, pair, which, LIDX_ERR_SHAPE, "size -1");
             c.shape[which][dim] = INT64_MIN;
-            refuse(context, &c, LIDX_ERR_SHAPE, tensor_name[which], say("smallest size", pair, which));
+            refuse_tensor(&c, pair, which, LIDX_ERR_SHAPE, "smallest size");
             valid_call(&c, pair);
             c.t[which].strides = NULL;
             c.shape[which][dim]++;
@@ -91,7 +101,7 @@ static void check_sizes(int pair) {
 
 static void check_types(int pair) {
     static const struct lidx_dtype wrong_types[] = {
-        {LIDX_INT, 64, 1},  {LIDX_INT, 8, 1},    {LIDX_UINT, 32, 1}, {LIDX_FLOAT, 64, 1},
+        {LIDX_INT, 64, 1},   {LIDX_INT, 8, 1},   {LIDX_UINT, 32, 1}, {LIDX_FLOAT, 64, 1},
         {LIDX_BFLOAT, 8, 1}, {LIDX_FLOAT, 0, 1}, {10, 8, 1},         {99, 16, 1},
         {LIDX_FLOAT, 16, 1}, {LIDX_UINT, 16, 1}};
     struct call c;
@@ -102,22 +112,22 @@ static void check_types(int pair) {
             if (which == Q && i == 8) /* a float16 query is fine; the others are then wrong */
                 refuse(context, &c, LIDX_ERR_DTYPE, "key", say("float16", pair, which));
             else
-                refuse(context, &c, LIDX_ERR_DTYPE, tensor_name[which], say("wrong dtype", pair, which));
+                refuse_tensor(&c, pair, which, LIDX_ERR_DTYPE, "wrong dtype");
         }
         if (!is_used(pair, which))
             continue;
         valid_call(&c, pair);
         c.t[which].dtype.lanes = 2;
-        refuse(context, &c, LIDX_ERR_DTYPE, tensor_name[which], say("2 lanes", pair, which));
+        refuse_tensor(&c, pair, which, LIDX_ERR_DTYPE, "2 lanes");
         c.t[which].dtype.lanes = 0;
-        refuse(context, &c, LIDX_ERR_DTYPE, tensor_name[which], say("0 lanes", pair, which));
+        refuse_tensor(&c, pair, which, LIDX_ERR_DTYPE, "0 lanes");
     }
     valid_call(&c, pair);
     c.t[Q].dtype = (struct lidx_dtype){LIDX_FLOAT, 32, 1};
-    refuse(context, &c, LIDX_ERR_DTYPE, "query", say("float32", pair, Q));
+    refuse_tensor(&c, pair, Q, LIDX_ERR_DTYPE, "float32");
     valid_call(&c, pair);
     c.t[INDICES].dtype = (struct lidx_dtype){LIDX_FLOAT, 32, 1};
-    refuse(context, &c, LIDX_ERR_DTYPE, "sparse_indices", say("float32", pair, INDICES));
+    refuse_tensor(&c, pair, INDICES, LIDX_ERR_DTYPE, "float32");
 }
 
 static void check_devices(int pair) {
@@ -127,17 +137,17 @@ static void check_devices(int pair) {
             continue;
         valid_call(&c, pair);
         c.t[which].device.device_type = LIDX_CUDA;
-        refuse(context, &c, LIDX_ERR_DEVICE, tensor_name[which], say("another device", pair, which));
+        refuse_tensor(&c, pair, which, LIDX_ERR_DEVICE, "another device");
         valid_call(&c, pair);
         c.t[which].device.device_id = 1;
-        refuse(context, &c, LIDX_ERR_DEVICE, tensor_name[which], say("another device id", pair, which));
+        refuse_tensor(&c, pair, which, LIDX_ERR_DEVICE, "another device id");
     }
     static const int unknown[] = {0, -1, 4, 9, 12, 1000};
     for (int i = 0; i < 6; i++) {
         valid_call(&c, pair);
         for (int which = 0; which < N_TENSORS; which++)
             c.t[which].device.device_type = unknown[i];
-        refuse(context, &c, LIDX_ERR_DEVICE, "query", say("a device that is not served", pair, Q));
+        refuse_tensor(&c, pair, Q, LIDX_ERR_DEVICE, "a device that is not served");
     }
     valid_call(&c, pair);
     for (int which = 0; which < N_TENSORS; which++)
@@ -152,15 +162,16 @@ static void check_strides(int pair) {
             valid_call(&c, pair);
             if (!is_used(pair, which) || dim >= c.t[which].ndim)
                 break;
-            int free_batch = dim == 0 && c.t[which].ndim > 1 &&
-                             !(is_packed(pair) && which != TABLE && !(which == K && is_paged(pair)));
+            int free_batch =
+                dim == 0 && c.t[which].ndim > 1 &&
+                !(is_packed(pair) && which != TABLE && !(which == K && is_paged(pair)));
             if (c.shape[which][dim] == 1 || free_batch)
                 continue;
             int64_t right = c.stride[which][dim];
             const int64_t bad[] = {right + 1, right - 1, -right, INT64_MAX, INT64_MIN};
             for (int i = 0; i < 5; i++) {
                 c.stride[which][dim] = bad[i];
-                refuse(context, &c, LIDX_ERR_STRIDE, tensor_name[which], say("wrong stride", pair, which));
+                refuse_tensor(&c, pair, which, LIDX_ERR_STRIDE, "wrong stride");
             }
         }
     for (int which = 0; which < N_TENSORS; which++) {
@@ -170,22 +181,23 @@ static void check_strides(int pair) {
         static const int64_t bad[] = {-1, INT64_MIN, INT64_MAX, INT64_MAX / 8};
         for (int i = 0; i < 4; i++) {
             c.stride[which][0] = bad[i];
-            refuse(context, &c, LIDX_ERR_STRIDE, tensor_name[which], say("batch stride", pair, which));
+            refuse_tensor(&c, pair, which, LIDX_ERR_STRIDE, "batch stride");
         }
         if (which == INDICES || which == VALUES) {
             valid_call(&c, pair);
             c.stride[which][0]--;
-            refuse(context, &c, LIDX_ERR_STRIDE, tensor_name[which], say("batches overlap", pair, which));
+            refuse_tensor(&c, pair, which, LIDX_ERR_STRIDE, "batches overlap");
             c.stride[which][0] = 0;
-            refuse(context, &c, LIDX_ERR_STRIDE, tensor_name[which], say("batch stride 0", pair, which));
+            refuse_tensor(&c, pair, which, LIDX_ERR_STRIDE, "batch stride 0");
         }
     }
 }
 
-/* ---- faults of one argument ------------------------------------------------------------------- */
+/* ---- faults of one argument ------------------------------------------------------------------ */
 
 static void check_heads_and_dim(int pair) {
-    static const int64_t bad_heads[] = {0, 129, 1 << 20}, bad_dims[] = {0, 1, 32, 96, 127, 129, 256};
+    static const int64_t bad_heads[] = {0, 129, 1 << 20},
+                         bad_dims[] = {0, 1, 32, 96, 127, 129, 256};
     struct call c;
     int heads = is_packed(pair) ? 1 : 2;
     for (int i = 0; i < 3; i++) {
@@ -193,7 +205,7 @@ static void check_heads_and_dim(int pair) {
         for (int which = 0; which < N_TENSORS; which++)
             c.t[which].strides = NULL;
         c.shape[Q][heads] = c.shape[W][heads] = bad_heads[i];
-        refuse(context, &c, LIDX_ERR_SHAPE, "query", say("heads", pair, Q));
+        refuse_tensor(&c, pair, Q, LIDX_ERR_SHAPE, "heads");
         CHECK(strstr(lidx_last_error(), "128"), "\"%s\" names the limit", lidx_last_error());
     }
     for (int i = 0; i < 7; i++) {
@@ -201,14 +213,14 @@ static void check_heads_and_dim(int pair) {
         for (int which = 0; which < N_TENSORS; which++)
             c.t[which].strides = NULL;
         c.shape[Q][heads + 1] = c.shape[K][pair == TND_TND ? 2 : 3] = bad_dims[i];
-        refuse(context, &c, LIDX_ERR_SHAPE, "query", say("head dimension", pair, Q));
+        refuse_tensor(&c, pair, Q, LIDX_ERR_SHAPE, "head dimension");
         CHECK(strstr(lidx_last_error(), "64") && strstr(lidx_last_error(), "128"),
               "\"%s\" names what is allowed", lidx_last_error());
     }
     valid_call(&c, pair);
     c.t[K].strides = NULL;
     c.shape[K][pair == TND_TND ? 1 : 2] = 2;
-    refuse(context, &c, LIDX_ERR_SHAPE, "key", say("2 key heads", pair, K));
+    refuse_tensor(&c, pair, K, LIDX_ERR_SHAPE, "2 key heads");
 }
 
 static void check_options(int pair) {
@@ -263,11 +275,11 @@ static void check_pages(int pair) {
             if (at % COLUMNS == COLUMNS - 1)
                 accept(&c, say("entry past the last needed one", pair, TABLE));
             else
-                refuse(context, &c, LIDX_ERR_VALUE, "block_table", say("page id", pair, TABLE));
+                refuse_tensor(&c, pair, TABLE, LIDX_ERR_VALUE, "page id");
         }
     valid_call(&c, pair);
     c.key_list[1] = BLOCK * COLUMNS + 1;
-    refuse(context, &c, LIDX_ERR_VALUE, "actual_seq_lengths_key", say("longer than the table", pair, KL));
+    refuse_tensor(&c, pair, KL, LIDX_ERR_VALUE, "longer than the table");
     valid_call(&c, pair);
     c.shape[K][0] = 0;
     refuse(context, &c, LIDX_ERR_VALUE, "block_table", say("no pages", pair, K));
@@ -277,13 +289,13 @@ static void check_unpaged_table(int pair) {
     struct call c;
     valid_call(&c, pair);
     c.args.block_table = &c.t[TABLE];
-    refuse(context, &c, LIDX_ERR_ARGUMENT, "block_table", say("given without pages", pair, TABLE));
+    refuse_tensor(&c, pair, TABLE, LIDX_ERR_ARGUMENT, "given without pages");
 }
 
 static void refuse_value(struct call *c, int pair, int which, int32_t *at, int32_t value) {
     int32_t right = *at;
     *at = value;
-    refuse(context, c, LIDX_ERR_VALUE, tensor_name[which], say("list value", pair, which));
+    refuse_tensor(c, pair, which, LIDX_ERR_VALUE, "list value");
     *at = right;
 }
 
@@ -363,7 +375,7 @@ static void check_empty_table(void) {
         memset(c.indices, 0xA5, sizeof c.indices);
         memset(c.values, 0xA5, sizeof c.values);
         c.key_list[1] = 1;
-        refuse(context, &c, LIDX_ERR_VALUE, "actual_seq_lengths_key", say("no columns", pair, TABLE));
+        refuse_tensor(&c, pair, KL, LIDX_ERR_VALUE, "longer than a table without columns");
     }
 }
 

@@ -143,8 +143,8 @@ static void check_kernel_info(void) {
 
 static void check_names(void) {
     static const char *const name[] = {
-        "LIDX_OK",         "LIDX_ERR_ARGUMENT", "LIDX_ERR_LAYOUT", "LIDX_ERR_SHAPE",
-        "LIDX_ERR_DTYPE",  "LIDX_ERR_STRIDE",   "LIDX_ERR_OPTION", "LIDX_ERR_VALUE",
+        "LIDX_OK",         "LIDX_ERR_ARGUMENT",  "LIDX_ERR_LAYOUT", "LIDX_ERR_SHAPE",
+        "LIDX_ERR_DTYPE",  "LIDX_ERR_STRIDE",    "LIDX_ERR_OPTION", "LIDX_ERR_VALUE",
         "LIDX_ERR_DEVICE", "LIDX_ERR_WORKSPACE", "LIDX_ERR_MEMORY", "LIDX_ERR_CUDA"};
     char version[32];
     for (int i = 0; i < 12; i++)

@@ -235,8 +235,8 @@ static void check_hostile(long number, struct kernel *kernel) {
     free(got);
 }
 
-/* Every second batch has all rows and keys, which the 32 bits that the Hopper kernel counts its work
- * in do not hold. (The other kernel's 64 bits do: it would compute for a minute.) */
+/* Every second batch has all rows and keys, which the 32 bits that the Hopper kernel counts its
+ * work in do not hold. (The other kernel's 64 bits do: it would compute for a minute.) */
 static void check_overlap(struct kernel *kernel) {
     enum { B = 32768, T = 512, KEYS = 65536 };
     static int32_t query[B], key[B];

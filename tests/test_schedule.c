@@ -52,8 +52,7 @@ static void make_setting(struct rng *rng, struct setting *s) {
     p->query_packed = (int32_t)rng_below(rng, 2);
     p->key_packed = p->query_packed && rng_below(rng, 2);
     p->sparse_mode = rng_below(rng, 3) ? 3 : 0;
-    int64_t queries =
-        fill_lengths(rng, s->query_lengths, p->n_batch, most_query, p->query_packed);
+    int64_t queries = fill_lengths(rng, s->query_lengths, p->n_batch, most_query, p->query_packed);
     int64_t keys = fill_lengths(rng, s->key_lengths, p->n_batch, most_key, p->key_packed);
     p->n_query = p->query_packed ? queries : most_query;
     p->n_key = p->key_packed ? keys : most_key;
@@ -116,8 +115,7 @@ static struct cursor find_start(const struct setting *s, int64_t first, int64_t 
     int64_t before = 0;
     for (int32_t b = s->batch_begin; b < s->batch_end; b++) {
         struct batch_part part = part_of_batch(&s->p, &s->line, b);
-        int64_t places =
-            part.n_items ? places_before(&s->p, &s->line, &part, part.n_items) : 0;
+        int64_t places = part.n_items ? places_before(&s->p, &s->line, &part, part.n_items) : 0;
         if (first < before + places) {
             int32_t item = item_at(&s->p, &s->line, &part, first - before);
             before += places_before(&s->p, &s->line, &part, item);
@@ -133,8 +131,7 @@ static void cover_item(const struct setting *s, const struct cursor *c,
                        const struct batch_part *part, int32_t item, long number) {
     int32_t begin, end, tiles = item_tiles(&s->p, &s->line, part, item);
     tiles_of_cursor(&s->line, c, tiles, &begin, &end);
-    int64_t row =
-        s->p.query_packed ? part->query_begin : (int64_t)c->batch * s->p.n_query;
+    int64_t row = s->p.query_packed ? part->query_begin : (int64_t)c->batch * s->p.n_query;
     int32_t query = part->first + (item << s->line.block_shift);
     for (int32_t i = query; i < query + (1 << s->line.block_shift) && i < part->last; i++) {
         CHECK(row + i >= s->line.row_begin && row + i < s->line.row_end, "setting %ld: row %lld",

@@ -5,7 +5,7 @@
 
 #include <float.h>
 
-/* ---- elements --------------------------------------------------------------------------------- */
+/* ---- elements -------------------------------------------------------------------------------- */
 
 enum { NO_BIT = 100000 };
 
@@ -86,7 +86,7 @@ static void free_vector(struct vector *v) {
     free(v->is_denormal);
 }
 
-/* ---- layouts ---------------------------------------------------------------------------------- */
+/* ---- layouts --------------------------------------------------------------------------------- */
 
 static unsigned char *base(const struct lidx_tensor *t) {
     return (unsigned char *)t->data + t->byte_offset;
@@ -127,8 +127,8 @@ static struct batch batch_at(const struct lidx_args *a, int64_t b) {
         batch.first_key = b ? list_at(a->actual_seq_lengths_key, b - 1) : 0;
         batch.n_key = list_at(a->actual_seq_lengths_key, b) - batch.first_key;
     } else {
-        batch.n_key = a->actual_seq_lengths_key ? list_at(a->actual_seq_lengths_key, b)
-                                                : a->key->shape[1];
+        batch.n_key =
+            a->actual_seq_lengths_key ? list_at(a->actual_seq_lengths_key, b) : a->key->shape[1];
     }
     return batch;
 }
@@ -147,7 +147,7 @@ static const unsigned char *key_at(const struct lidx_args *a, int64_t b, const s
 }
 
 unsigned char *truth_row(const struct lidx_args *a, const struct lidx_tensor *t, int64_t b,
-                             int64_t i) {
+                         int64_t i) {
     int64_t inner = 1;
     int packed = a->layout_query == LIDX_TND;
     for (int d = packed ? 1 : 2; d < t->ndim; d++)
@@ -155,7 +155,7 @@ unsigned char *truth_row(const struct lidx_args *a, const struct lidx_tensor *t,
     return packed ? at(t, 0, i, inner) : at(t, b, i, inner);
 }
 
-/* ---- scores ----------------------------------------------------------------------------------- */
+/* ---- scores ---------------------------------------------------------------------------------- */
 
 struct dot {
     double sum, magnitude; /* of finite products */
@@ -218,8 +218,8 @@ static double score_key(const struct vector *query, const struct vector *weights
         if (dot.magnitude != 0 && !(ldexp(dot.magnitude, -products) <= 0x1p24))
             exact = 0;
     }
-    if (magnitude != 0 && (products < -126 || terms < -126 || terms > 60 ||
-                           !(ldexp(magnitude, -terms) <= 0x1p24)))
+    if (magnitude != 0 &&
+        (products < -126 || terms < -126 || terms > 60 || !(ldexp(magnitude, -terms) <= 0x1p24)))
         exact = 0;
     if (!query->is_plain || !key->is_plain || !weights->is_plain || products < -126)
         exact = 0;
@@ -236,7 +236,7 @@ static double score_key(const struct vector *query, const struct vector *weights
     return score;
 }
 
-/* ---- order ------------------------------------------------------------------------------------ */
+/* ---- order ----------------------------------------------------------------------------------- */
 
 static const double *sort_score;
 
@@ -255,8 +255,8 @@ static const struct vector *sort_key;
 
 static int by_bytes(const void *left, const void *right) {
     int32_t a = *(const int32_t *)left, b = *(const int32_t *)right;
-    int order = memcmp(sort_key[a].value, sort_key[b].value,
-                       sizeof(double) * (size_t)sort_key[a].n);
+    int order =
+        memcmp(sort_key[a].value, sort_key[b].value, sizeof(double) * (size_t)sort_key[a].n);
     return order ? order : a < b ? -1 : 1;
 }
 
@@ -280,7 +280,7 @@ static int32_t *classify(const struct vector *key, int64_t n, int64_t *n_class) 
     return class_of;
 }
 
-/* ---- the truth of a run ----------------------------------------------------------------------- */
+/* ---- the truth of a run ---------------------------------------------------------------------- */
 
 static void score_row(struct oracle_row *row, const struct lidx_args *a, const struct vector *key,
                       const unsigned char *q, const unsigned char *w) {
@@ -322,9 +322,8 @@ static void make_batch(struct oracle *o, const struct lidx_args *a, int64_t b) {
     for (int64_t i = 0; i < batch.n_query; i++) {
         int64_t in_tensor = batch.first_query + i;
         struct oracle_row *row = &o->row[packed ? in_tensor : b * a->query->shape[1] + i];
-        int64_t visible = a->sparse_mode == LIDX_MODE_FULL
-                              ? batch.n_key
-                              : batch.n_key - batch.n_query + i + 1;
+        int64_t visible =
+            a->sparse_mode == LIDX_MODE_FULL ? batch.n_key : batch.n_key - batch.n_query + i + 1;
         row->batch = b;
         row->visible = visible < 0 ? 0 : visible;
         if (row->visible)

@@ -1,11 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "valid_call.h"
 
-const char *const tensor_name[N_TENSORS] = {
-    "query",       "key",           "weights",      "actual_seq_lengths_query",
-    "actual_seq_lengths_key", "block_table", "sparse_indices", "sparse_values"};
-const char *const pair_name[N_PAIRS] = {"BSND/BSND", "TND/TND", "BSND/PA_BSND",
-                                               "TND/PA_BSND"};
+const char *const tensor_name[N_TENSORS] = {"query",
+                                            "key",
+                                            "weights",
+                                            "actual_seq_lengths_query",
+                                            "actual_seq_lengths_key",
+                                            "block_table",
+                                            "sparse_indices",
+                                            "sparse_values"};
+const char *const pair_name[N_PAIRS] = {"BSND/BSND", "TND/TND", "BSND/PA_BSND", "TND/PA_BSND"};
 
 static void describe(struct call *c, int which, void *data, struct lidx_dtype dtype, int ndim,
                      const int64_t *shape) {
@@ -15,8 +19,8 @@ static void describe(struct call *c, int which, void *data, struct lidx_dtype dt
         c->stride[which][i] = stride;
         stride *= shape[i];
     }
-    c->t[which] = (struct lidx_tensor){data,           {LIDX_CPU, 0},    ndim, dtype,
-                                       c->shape[which], c->stride[which], 0};
+    c->t[which] = (struct lidx_tensor){
+        data, {LIDX_CPU, 0}, ndim, dtype, c->shape[which], c->stride[which], 0};
 }
 
 int is_packed(int pair) {

@@ -65,7 +65,7 @@ static void make_contexts(void) {
     }
 }
 
-/* ---- a call that is valid but for what the bytes make of it ----------------------------------- */
+/* ---- a call that is valid but for what the bytes make of it ---------------------------------- */
 
 static void describe(struct call *c, int which, struct lidx_dtype dtype, int ndim,
                      const int64_t *shape, unsigned gap) {
@@ -76,13 +76,8 @@ static void describe(struct call *c, int which, struct lidx_dtype dtype, int ndi
         stride *= shape[i];
     }
     c->stride[which][0] += ndim > 1 && gap > 128 ? gap - 128 : 0;
-    c->t[which] = (struct lidx_tensor){NULL,
-                                       {LIDX_CPU, 0},
-                                       ndim,
-                                       dtype,
-                                       c->shape[which],
-                                       gap > 64 ? c->stride[which] : NULL,
-                                       0};
+    c->t[which] = (struct lidx_tensor){
+        NULL, {LIDX_CPU, 0}, ndim, dtype, c->shape[which], gap > 64 ? c->stride[which] : NULL, 0};
 }
 
 static const struct lidx_dtype INT32 = {LIDX_INT, 32, 1};
@@ -134,11 +129,12 @@ static void make_call(struct call *c, struct bytes *b) {
 
 /* A number to break things with. */
 static int64_t hostile(struct bytes *b) {
+    /* clang-format off */
     static const int64_t numbers[] = {
-        0,         1,          -1,         2,          3,           15,          16,
-        63,        64,         127,        128,        129,         1024,        8191,
-        INT32_MAX, INT32_MIN,  1LL << 31,  1LL << 32,  1LL << 33,   1LL << 40,   1LL << 62,
-        INT64_MAX, INT64_MIN,  INT64_MAX / 2, INT64_MAX / 8, INT64_MAX / 128, 1LL << 57, -64};
+        0, 1, -1, 2, 3, 15, 16, 63, 64, 127, 128, 129, 1024, 8191, INT32_MAX, INT32_MIN,
+        1LL << 31, 1LL << 32, 1LL << 33, 1LL << 40, 1LL << 62, INT64_MAX, INT64_MIN,
+        INT64_MAX / 2, INT64_MAX / 8, INT64_MAX / 128, 1LL << 57, -64};
+    /* clang-format on */
     unsigned x = take(b);
     return x < 128 ? numbers[x % 28] : (int64_t)(int8_t)x;
 }
@@ -194,7 +190,7 @@ static void mutate(struct call *c, struct bytes *b) {
     }
 }
 
-/* ---- memory and its content ------------------------------------------------------------------- */
+/* ---- memory and its content ------------------------------------------------------------------ */
 
 /* Bytes from the first element to the last, or more than MOST_BYTES when it is too many. */
 static double extent(const struct lidx_tensor *t) {
@@ -292,7 +288,7 @@ static void fill(struct call *c, struct bytes *b) {
     }
 }
 
-/* ---- what must hold --------------------------------------------------------------------------- */
+/* ---- what must hold -------------------------------------------------------------------------- */
 
 static void check_refused(const struct call *c, int status) {
     if (status < LIDX_OK || status > LIDX_ERR_CUDA)
