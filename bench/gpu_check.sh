@@ -65,7 +65,7 @@ link_programs() {
     archive=$build/cmake/liblightning_indexer_static.a
     for test in $cuda_tests; do
         cc -std=c11 -O2 -fopenmp -I"$root/include" -I"$cuda/include" "$root/tests/$test.c" \
-            "$root"/tests/{cuda_device,cuda_problem}.c \
+            "$root"/tests/{cuda_device,cuda_problem,contexts}.c \
             "$root"/tests/{scenario,rendering,answers,oracle,truth}.c "$archive" $flags \
             -o "$build/$test" || return 1
     done
@@ -142,7 +142,7 @@ torch_tests() {
         cmake --build "$build/cmake" --parallel "$(nproc)" > /dev/null &&
         cmake --install "$build/cmake" --prefix "$build/site" --component python > /dev/null &&
         cd "$root" && PYTHONPATH=$build/site \
-        python3 -m pytest -q -p no:cacheprovider tests/test_torch_cuda.py
+        python3 -m pytest -q -rs -p no:cacheprovider tests/test_torch_cuda.py
 }
 
 # One section of the table, in a process of its own: a fault ends only that. What fails with the

@@ -169,20 +169,11 @@ int run_rendering(struct kernel *kernel, struct rendering *r, struct rng *rng) {
 
 /* ---- begin and end --------------------------------------------------------------------------- */
 
-static void find_kernels(const char *only) {
-    for (int i = 0; i < lidx_kernel_count() && n_kernels < MAX_KERNELS; i++) {
-        struct lidx_kernel_info info = {.size = sizeof info};
-        if (lidx_kernel_info(i, &info) || strcmp(info.backend, "cuda") != 0 || !info.available)
-            continue;
-        if (only && strcmp(only, info.name) != 0)
-            continue;
-        struct kernel *kernel = &kernels[n_kernels++];
-        snprintf(kernel->name, sizeof kernel->name, "%s", info.name);
-        struct lidx_options forced = LIDX_OPTIONS_INIT;
-        forced.kernel = kernel->name;
-        if (lidx_create(&kernel->context, &forced))
-            stop("%s: %s", kernel->name, lidx_last_error());
-    }
+static void open_kernels(const char *only) {
+    static char names[MAX_KERNELS][KERNEL_NAME];
+    n_kernels = find_kernels("cuda", only, names);
+    for (int i = 0; i < n_kernels; i++)
+        kernels[i] = (struct kernel){names[i], make_context(names[i], 1), 0, 0};
     if (n_kernels == 0)
         stop("no kernel to test");
 }
@@ -217,7 +208,7 @@ int device_open(int argc, char **argv) {
     }
     MUST(cudaMalloc((void **)&arena, options.exact ? 1 : arena_size));
     MUST(cudaMalloc((void **)&shared_workspace, WORKSPACE_ROOM + WORKSPACE_GUARD));
-    find_kernels(only);
+    open_kernels(only);
     return 1;
 }
 

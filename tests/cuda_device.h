@@ -12,14 +12,15 @@
 #ifndef LIDX_CUDA_DEVICE_H
 #define LIDX_CUDA_DEVICE_H
 
+#include "contexts.h"
 #include "scenario.h"
 
 #include <cuda_runtime_api.h>
 
-enum { MAX_KERNELS = 4, TEXT = 400, WORKSPACE_ROOM = 256 << 20 };
+enum { TEXT = 400, WORKSPACE_ROOM = 256 << 20 };
 
 struct kernel {
-    char name[32];
+    const char *name;
     struct lidx_context *context;
     long runs;
     long refused; /* problems that a forced kernel does not take */

@@ -2,24 +2,13 @@
 #include "test.h"
 
 #include <stdlib.h>
-#include <time.h>
 
+#include "../tools/numbers.h"
 #include "../tools/peak.h"
 #include "kernel_speed.h"
 #include "lightning_indexer.h"
 
 enum { ROUNDS = 9 };
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static int ascending(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
 
 /* Passes over the run for some 20 ms: the fastest, and the mean. */
 static void time_passes(const struct kernel_path *path, float *score, const void *packed, int heads,
@@ -73,16 +62,16 @@ static void bench_case(const struct kernel *kernel, int dtype, int heads, int di
         if (kernel->leave)
             kernel->leave();
     }
-    qsort(mean, ROUNDS, sizeof *mean, ascending);
-    qsort(peak, ROUNDS, sizeof *peak, ascending);
-    double flop = 2.0 * heads * dim * n_keys;
+    double flop = 2.0 * heads * dim * n_keys, highest = 0;
+    for (int i = 0; i < ROUNDS; i++)
+        highest = peak[i] > highest ? peak[i] : highest;
     const char *instruction = peak_instruction(kernel->name, type_code);
     printf("%-12s %-9s %5d %5d %8d %10.2f", kernel->name,
            dtype == DTYPE_BF16 ? "bfloat16" : "float16", heads, dim, n_keys,
            fastest / n_keys * 1e9);
     if (instruction)
-        printf(" %8.3f %8.3f  %s\n", flop / mean[ROUNDS / 2] / peak[ROUNDS / 2],
-               flop / fastest / peak[ROUNDS - 1], instruction);
+        printf(" %8.3f %8.3f  %s\n", flop / median(mean, ROUNDS) / median(peak, ROUNDS),
+               flop / fastest / highest, instruction);
     else
         printf(" %8s %8s  %s\n", "-", "-", "-");
     fflush(stdout);

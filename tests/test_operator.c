@@ -11,14 +11,15 @@
 #include "scenario.h"
 
 #include "answers.h"
+#include "contexts.h"
 #include "oracle.h"
 
-enum { MAX_KERNELS = 16, N_THREADS = 6, TEXT = 400, VARIANTS = 3 };
+enum { N_THREADS = 6, TEXT = 400, VARIANTS = 3 };
 
 static const int thread_counts[N_THREADS] = {1, 2, 3, 4, 7, 8};
 
 struct kernel {
-    char name[32];
+    const char *name;
     struct lidx_context *context[N_THREADS];
 };
 
@@ -27,27 +28,16 @@ static int n_kernels;
 static long n_runs, n_rows, n_exact_rows;
 
 static struct lidx_context *context_of(struct kernel *kernel, int i) {
-    struct lidx_options options = LIDX_OPTIONS_INIT;
-    options.n_threads = thread_counts[i];
-    options.kernel = kernel->name;
-    if (!kernel->context[i] && lidx_create(&kernel->context[i], &options) != LIDX_OK) {
-        printf("no context for %s with %d threads: %s\n", kernel->name, thread_counts[i],
-               lidx_last_error());
-        exit(EXIT_FAILURE);
-    }
+    if (!kernel->context[i])
+        kernel->context[i] = make_context(kernel->name, thread_counts[i]);
     return kernel->context[i];
 }
 
-static void find_kernels(const char *only) {
-    for (int i = 0; i < lidx_kernel_count() && n_kernels < MAX_KERNELS; i++) {
-        struct lidx_kernel_info info = {.size = sizeof info};
-        CHECK_INT(lidx_kernel_info(i, &info), LIDX_OK, "kernel info");
-        if (strcmp(info.backend, "cpu") != 0 || !info.available)
-            continue;
-        if (only && strcmp(only, info.name) != 0)
-            continue;
-        snprintf(kernels[n_kernels++].name, sizeof kernels[0].name, "%s", info.name);
-    }
+static void open_kernels(const char *only) {
+    static char names[MAX_KERNELS][KERNEL_NAME];
+    n_kernels = find_kernels("cpu", only, names);
+    for (int i = 0; i < n_kernels; i++)
+        kernels[i].name = names[i];
     CHECK(n_kernels > 0, "no kernel to test");
 }
 
@@ -313,7 +303,7 @@ int main(int argc, char **argv) {
             only = argv[i + 1];
     }
     int n_key = cases_text ? 4000 : 16000; /* emulators, sanitizers */
-    find_kernels(only);
+    open_kernels(only);
     check_broadcast();
     for (int i = 0; i < n_kernels; i++) {
         for (int type = 0; type < 4; type++)

@@ -14,35 +14,11 @@
 #include <sys/wait.h>
 
 #include "answers.h"
+#include "contexts.h"
 
-enum { MAX_KERNELS = 16, TEAMS = 4, SIDE_BY_SIDE = 6, SMALL_STACK = 64 << 10 };
+enum { TEAMS = 4, SIDE_BY_SIDE = 6, SMALL_STACK = 64 << 10 };
 
 static const int team_sizes[TEAMS] = {1, 2, 3, 8};
-static char names[MAX_KERNELS][32];
-static int n_kernels;
-
-static void find_kernels(void) {
-    for (int i = 0; i < lidx_kernel_count() && n_kernels < MAX_KERNELS; i++) {
-        struct lidx_kernel_info info = {.size = sizeof info};
-        lidx_kernel_info(i, &info);
-        if (strcmp(info.backend, "cpu") == 0 && info.available)
-            snprintf(names[n_kernels++], sizeof names[0], "%s", info.name);
-    }
-    CHECK(n_kernels > 0, "no kernel to test");
-}
-
-static struct lidx_context *make_context(const char *kernel, int n_threads) {
-    struct lidx_options options = LIDX_OPTIONS_INIT;
-    struct lidx_context *context = NULL;
-    options.kernel = kernel;
-    options.n_threads = n_threads;
-    if (lidx_create(&context, &options) != LIDX_OK) {
-        printf("no context: %s\n", lidx_last_error());
-        exit(EXIT_FAILURE);
-    }
-    return context;
-}
-
 /* A random problem in whole batches, with float32 values. */
 struct subject {
     struct scenario s;
@@ -292,9 +268,11 @@ static void make_subject(struct subject *t) {
 int main(int argc, char **argv) {
     int threads_only = argc > 1 && strcmp(argv[1], "threads") == 0;
     const char *cases = getenv("LIDX_TEST_CASES");
+    char names[MAX_KERNELS][KERNEL_NAME];
     int environments = cases ? 12 : 48;
     struct subject t;
-    find_kernels();
+    int n_kernels = find_kernels("cpu", NULL, names);
+    CHECK(n_kernels > 0, "no kernel to test");
     for (int i = 0; i < n_kernels; i++)
         for (int number = 0; number < environments && !threads_only; number++)
             check_environment(number, names[i]);

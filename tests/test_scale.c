@@ -6,7 +6,7 @@
  */
 #include "test.h"
 
-#include "lightning_indexer.h"
+#include "contexts.h"
 
 enum { D = 64, FAR = 1 << 30 };
 
@@ -58,25 +58,9 @@ struct setup {
     struct lidx_tensor query, key, weights, indices, values, query_list, key_list, table;
 };
 
-static struct lidx_context *contexts[64];
-static const char *names[64];
+static struct lidx_context *contexts[MAX_KERNELS];
+static char names[MAX_KERNELS][KERNEL_NAME];
 static int n_contexts;
-
-static void make_contexts(void) {
-    static char copies[64][32];
-    for (int i = 0; i < lidx_kernel_count() && n_contexts < 64; i++) {
-        struct lidx_kernel_info info = {.size = sizeof info};
-        struct lidx_options options = LIDX_OPTIONS_INIT;
-        lidx_kernel_info(i, &info);
-        if (strcmp(info.backend, "cpu") != 0 || !info.available)
-            continue;
-        snprintf(copies[n_contexts], sizeof copies[0], "%s", info.name);
-        options.kernel = names[n_contexts] = copies[n_contexts];
-        options.n_threads = 2;
-        if (CHECK(lidx_create(&contexts[n_contexts], &options) == LIDX_OK, "%s", lidx_last_error()))
-            n_contexts++;
-    }
-}
 
 /* Runs on the first `kernels` kernels; the output row must be want[], of n keys, then -1. */
 static void expect_of(int kernels, const struct setup *s, const int32_t *want, int64_t n,
@@ -231,7 +215,7 @@ static void check_many_pages(void) {
     set_key(key + (int64_t)(CACHE - 5) * page + 15 * D, 9);
     set_key(key + (int64_t)(CACHE - 6) * page + 3 * D, 8);
     /* Slow machines, which ask for fewer cases, walk the table with the fastest kernel only. */
-    int kernels = getenv("LIDX_TEST_CASES") && n_contexts ? 1 : n_contexts;
+    int kernels = getenv("LIDX_TEST_CASES") ? 1 : n_contexts;
     expect_of(kernels, &s, want, K, 0, "2^20 pages");
     table[PAGES / 2] = CACHE;
     CHECK_INT(lidx_run(contexts[0], &s.args), LIDX_ERR_VALUE, "one bad page among 2^20");
@@ -316,7 +300,10 @@ static void check_many_batches(void) {
 }
 
 int main(void) {
-    make_contexts();
+    n_contexts = find_kernels("cpu", NULL, names);
+    for (int i = 0; i < n_contexts; i++)
+        contexts[i] = make_context(names[i], 2);
+    CHECK(n_contexts > 0, "no kernel to test");
     check_far_batches();
     check_far_prefix();
     check_far_token();

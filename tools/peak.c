@@ -13,9 +13,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "lightning_indexer.h"
+#include "numbers.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -56,75 +56,44 @@ static int has_vdpbf16ps(void) {
     return __builtin_cpu_supports("avx512bf16");
 }
 
-/* 14 chains of 8 lanes. */
+/* 14 chains of an instruction, `rounds` times, in registers of the kind "ymm" or "zmm"; those above
+ * 15 would need a clobber list that not every compiler takes. */
+#define RUN_14_CHAINS(instruction, kind, rounds)                                                   \
+    __asm__ volatile("vmovaps (%1), %%" kind "14\n"                                                \
+                     "vmovaps 64(%1), %%" kind "15\n"                                              \
+                     ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13\n"                                    \
+                     "vxorps %%xmm\\i, %%xmm\\i, %%xmm\\i\n"                                       \
+                     ".endr\n"                                                                     \
+                     ".p2align 6\n"                                                                \
+                     "1:\n"                                                                        \
+                     ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13\n" instruction " %%" kind             \
+                     "14, %%" kind "15, %%" kind "\\i\n"                                           \
+                     ".endr\n"                                                                     \
+                     "decq %0\n"                                                                   \
+                     "jnz 1b\n"                                                                    \
+                     "vzeroupper\n"                                                                \
+                     : "+r"(rounds)                                                                \
+                     : "r"(operand)                                                                \
+                     : "cc", "memory", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6",     \
+                       "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14",        \
+                       "xmm15")
+
 static double loop_fma_ymm(int64_t rounds) {
     double flop = (double)rounds * 14 * 8 * 2;
-    __asm__ volatile("vmovaps (%1), %%ymm14\n"
-                     "vmovaps 64(%1), %%ymm15\n"
-                     ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13\n"
-                     "vxorps %%xmm\\i, %%xmm\\i, %%xmm\\i\n"
-                     ".endr\n"
-                     ".p2align 6\n"
-                     "1:\n"
-                     ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13\n"
-                     "vfmadd231ps %%ymm14, %%ymm15, %%ymm\\i\n"
-                     ".endr\n"
-                     "decq %0\n"
-                     "jnz 1b\n"
-                     "vzeroupper\n"
-                     : "+r"(rounds)
-                     : "r"(operand)
-                     : "cc", "memory", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6",
-                       "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14",
-                       "xmm15");
+    RUN_14_CHAINS("vfmadd231ps", "ymm", rounds);
     return flop;
 }
 
-/* 14 chains of 16 lanes, in the registers that need no wider clobber list. */
 static double loop_fma_zmm(int64_t rounds) {
     double flop = (double)rounds * 14 * 16 * 2;
-    __asm__ volatile("vmovaps (%1), %%zmm14\n"
-                     "vmovaps 64(%1), %%zmm15\n"
-                     ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13\n"
-                     "vxorps %%xmm\\i, %%xmm\\i, %%xmm\\i\n"
-                     ".endr\n"
-                     ".p2align 6\n"
-                     "1:\n"
-                     ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13\n"
-                     "vfmadd231ps %%zmm14, %%zmm15, %%zmm\\i\n"
-                     ".endr\n"
-                     "decq %0\n"
-                     "jnz 1b\n"
-                     "vzeroupper\n"
-                     : "+r"(rounds)
-                     : "r"(operand)
-                     : "cc", "memory", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6",
-                       "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14",
-                       "xmm15");
+    RUN_14_CHAINS("vfmadd231ps", "zmm", rounds);
     return flop;
 }
 
-/* 14 chains of 16 lanes with two products each. */
+/* Two products a lane. */
 static double loop_vdpbf16ps(int64_t rounds) {
     double flop = (double)rounds * 14 * 16 * 4;
-    __asm__ volatile("vmovaps (%1), %%zmm14\n"
-                     "vmovaps 64(%1), %%zmm15\n"
-                     ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13\n"
-                     "vxorps %%xmm\\i, %%xmm\\i, %%xmm\\i\n"
-                     ".endr\n"
-                     ".p2align 6\n"
-                     "1:\n"
-                     ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13\n"
-                     "vdpbf16ps %%zmm14, %%zmm15, %%zmm\\i\n"
-                     ".endr\n"
-                     "decq %0\n"
-                     "jnz 1b\n"
-                     "vzeroupper\n"
-                     : "+r"(rounds)
-                     : "r"(operand)
-                     : "cc", "memory", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6",
-                       "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14",
-                       "xmm15");
+    RUN_14_CHAINS("vdpbf16ps", "zmm", rounds);
     return flop;
 }
 
@@ -225,59 +194,39 @@ static int has_bf16(void) {
     return (getauxval(AT_HWCAP2) & HWCAP2_BF16_) != 0;
 }
 
-/* 24 chains in v0..v23, operands in v28 and v29: four pipes of latency 4 want 16. */
+/* 24 chains in v0..v23, `rounds` times, operands in v28 and v29: four pipes of latency 4 want 16.
+ */
+#define RUN_24_CHAINS(instruction, rounds)                                                         \
+    __asm__ volatile(                                                                              \
+        "fmov v28.4s, #0.5\n"                                                                      \
+        "fmov v29.4s, #-1.25\n"                                                                    \
+        "1:\n"                                                                                     \
+        ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23\n" instruction "\n"  \
+        ".endr\n"                                                                                  \
+        "subs %0, %0, #1\n"                                                                        \
+        "b.ne 1b\n"                                                                                \
+        : "+r"(rounds)                                                                             \
+        :                                                                                          \
+        : "cc", "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9", "v10", "v11", "v12",   \
+          "v13", "v14", "v15", "v16", "v17", "v18", "v19", "v20", "v21", "v22", "v23", "v28",      \
+          "v29")
+
 static double loop_fmla(int64_t rounds) {
     double flop = (double)rounds * 24 * 4 * 2;
-    __asm__ volatile("fmov v28.4s, #0.5\n"
-                     "fmov v29.4s, #-1.25\n"
-                     "1:\n"
-                     ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23\n"
-                     "fmla v\\i\\().4s, v28.4s, v29.4s\n"
-                     ".endr\n"
-                     "subs %0, %0, #1\n"
-                     "b.ne 1b\n"
-                     : "+r"(rounds)
-                     :
-                     : "cc", "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9", "v10",
-                       "v11", "v12", "v13", "v14", "v15", "v16", "v17", "v18", "v19", "v20", "v21",
-                       "v22", "v23", "v28", "v29");
+    RUN_24_CHAINS("fmla v\\i\\().4s, v28.4s, v29.4s", rounds);
     return flop;
 }
 
 /* Given by their encodings, which every assembler takes: no architecture flag is needed. */
 static double loop_bfmmla(int64_t rounds) {
     double flop = (double)rounds * 24 * 16 * 2;
-    __asm__ volatile("fmov v28.4s, #0.5\n"
-                     "fmov v29.4s, #-1.25\n"
-                     "1:\n"
-                     ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23\n"
-                     ".inst 0x6e40ec00 + (29 << 16) + (28 << 5) + \\i\n"
-                     ".endr\n"
-                     "subs %0, %0, #1\n"
-                     "b.ne 1b\n"
-                     : "+r"(rounds)
-                     :
-                     : "cc", "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9", "v10",
-                       "v11", "v12", "v13", "v14", "v15", "v16", "v17", "v18", "v19", "v20", "v21",
-                       "v22", "v23", "v28", "v29");
+    RUN_24_CHAINS(".inst 0x6e40ec00 + (29 << 16) + (28 << 5) + \\i", rounds);
     return flop;
 }
 
 static double loop_bfdot(int64_t rounds) {
     double flop = (double)rounds * 24 * 8 * 2;
-    __asm__ volatile("fmov v28.4s, #0.5\n"
-                     "fmov v29.4s, #-1.25\n"
-                     "1:\n"
-                     ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23\n"
-                     ".inst 0x6e40fc00 + (29 << 16) + (28 << 5) + \\i\n"
-                     ".endr\n"
-                     "subs %0, %0, #1\n"
-                     "b.ne 1b\n"
-                     : "+r"(rounds)
-                     :
-                     : "cc", "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9", "v10",
-                       "v11", "v12", "v13", "v14", "v15", "v16", "v17", "v18", "v19", "v20", "v21",
-                       "v22", "v23", "v28", "v29");
+    RUN_24_CHAINS(".inst 0x6e40fc00 + (29 << 16) + (28 << 5) + \\i", rounds);
     return flop;
 }
 
@@ -332,12 +281,6 @@ const char *peak_instruction(const char *kernel, int type_code) {
         }
     }
     return NULL;
-}
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 /* The best rate of this thread in slices of 1 ms or little more. */

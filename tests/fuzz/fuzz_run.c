@@ -10,10 +10,10 @@
  */
 #include "../test.h"
 
+#include "../contexts.h"
 #include "../oracle.h"
-#include "lightning_indexer.h"
 
-enum { Q, K, W, QL, KL, TABLE, INDICES, VALUES, N_TENSORS, MAX_KERNELS = 16 };
+enum { Q, K, W, QL, KL, TABLE, INDICES, VALUES, N_TENSORS };
 
 /* Beyond this a case is legal and tells nothing that a smaller one does not. */
 static const double MOST_BYTES = 1 << 22, MOST_WORK = 3e5;
@@ -39,7 +39,7 @@ struct call {
 };
 
 static struct lidx_context *contexts[MAX_KERNELS], *threaded[MAX_KERNELS];
-static char names[MAX_KERNELS][32];
+static char names[MAX_KERNELS][KERNEL_NAME];
 static int n_contexts;
 
 __attribute__((noreturn)) static void complain(const char *what, const char *detail) {
@@ -48,20 +48,12 @@ __attribute__((noreturn)) static void complain(const char *what, const char *det
 }
 
 static void make_contexts(void) {
-    for (int i = 0; !contexts[0] && i < lidx_kernel_count() && i < MAX_KERNELS; i++) {
-        struct lidx_kernel_info info = {.size = sizeof info};
-        struct lidx_options options = LIDX_OPTIONS_INIT;
-        lidx_kernel_info(i, &info);
-        if (strcmp(info.backend, "cpu") != 0 || !info.available)
-            continue;
-        snprintf(names[n_contexts], sizeof names[0], "%s", info.name);
-        options.kernel = names[n_contexts];
-        options.n_threads = 1;
-        int status = lidx_create(&contexts[n_contexts], &options);
-        options.n_threads = 3;
-        if (status || lidx_create(&threaded[n_contexts], &options))
-            complain("no context", lidx_last_error());
-        n_contexts++;
+    if (n_contexts)
+        return;
+    n_contexts = find_kernels("cpu", NULL, names);
+    for (int i = 0; i < n_contexts; i++) {
+        contexts[i] = make_context(names[i], 1);
+        threaded[i] = make_context(names[i], 3);
     }
 }
 
