@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The torch operator on a CUDA device: agreement, streams, capture, compile, no synchronisation,
-and arrays that come in through DLPack."""
+devices that are not the current one, and arrays that come in through DLPack."""
 
+import ctypes
 import os
 import random
 
@@ -18,12 +19,18 @@ if not torch.cuda.is_available():
     pytest.skip("there is no CUDA device", allow_module_level=True)
 
 import lightning_indexer
+from lightning_indexer import _arrays, _library
 from torch._dynamo.testing import CompileCounterWithBackend
 
 if not any(k["backend"] == "cuda" and k["available"] for k in lightning_indexer.kernels()):
     pytest.skip("the library has no kernel for this CUDA device", allow_module_level=True)
 
 from torch_cases import NPU, PAGE, PAIRS, Case, make_cases, special_numbers
+
+needs_two_devices = pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="needs two CUDA devices; here is one"
+)
+DEVICES = ["cuda:0", pytest.param("cuda:1", marks=needs_two_devices)]
 
 
 def random_case(seed, **more):
@@ -137,8 +144,9 @@ def test_uses_the_current_stream():
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layouts", PAIRS)
-def test_captures_and_replays_with_other_data(layouts):
+def test_captures_and_replays_with_other_data(layouts, device):
     def case(seed):
         # The same shapes, other lengths and data.
         lengths = [[9, 3], [200, 333]] if seed % 2 else [[9, 3], [333, 20]]
@@ -146,17 +154,17 @@ def test_captures_and_replays_with_other_data(layouts):
             lengths[0] = [9, 3] if seed % 2 else [3, 9]
         if layouts[1] == "TND":
             lengths[1] = [200, 333] if seed % 2 else [333, 200]
-        return Case(layouts, *lengths, heads=64, dim=128, sparse_count=64, seed=seed, device="cuda")
+        return Case(layouts, *lengths, heads=64, dim=128, sparse_count=64, seed=seed, device=device)
 
     static = case(0)
     args, kwargs = static.npu_args(return_value=True)
-    stream = torch.cuda.Stream()
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         NPU(*args, **kwargs)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        indices, values = NPU(*args, **kwargs)
+    torch.cuda.synchronize(device)
+    with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.device(0):  # capturing made `device` the current one
+            indices, values = NPU(*args, **kwargs)
     for seed in (1, 2, 3):
         other = case(seed)
         for target, source in zip(
@@ -165,10 +173,71 @@ def test_captures_and_replays_with_other_data(layouts):
             if target is not None:
                 target.copy_(source)
         graph.replay()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         expected = PAGE(*other.page_args())
         assert torch.equal(indices, expected)
         other.check(indices, values)
+    assert torch.cuda.current_device() == 0
+
+
+@needs_two_devices
+@pytest.mark.parametrize("seed", range(8))
+def test_runs_where_the_tensors_are_and_leaves_the_current_device(seed):
+    case, same = random_case(seed, device="cuda:1"), random_case(seed, device="cuda:0")
+    args, kwargs = case.npu_args(return_value=True)
+    indices, values = NPU(*args, **kwargs)
+    assert indices.device == values.device == torch.device("cuda:1")
+    assert torch.cuda.current_device() == 0
+    case.check(indices, values)
+    assert torch.equal(indices.cpu(), PAGE(*same.page_args()).cpu())
+    with pytest.raises(RuntimeError, match="sparse_count is 0"):
+        PAGE(*case.page_args()[:8], 0, 3)
+    with pytest.raises(RuntimeError, match="key is on device .* all tensors should be on one device"):
+        PAGE(case.tensors[0], same.tensors[1], *case.page_args()[2:])
+    assert torch.cuda.current_device() == 0
+
+
+@needs_two_devices
+def test_uses_the_current_stream_of_the_tensors_device():
+    case = random_case(2, heads=16, device="cuda:1")
+    expected = PAGE(*case.page_args())
+    late = [torch.zeros_like(t) for t in case.tensors]
+    torch.cuda.synchronize(1)
+    stream = torch.cuda.Stream("cuda:1")
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        for target, source in zip(late, case.tensors):
+            target.copy_(source)
+        with torch.cuda.device(0):
+            got = PAGE(*late, *case.page_args()[3:])
+    stream.synchronize()
+    assert torch.equal(got, expected)
+
+
+@needs_two_devices
+def test_the_library_itself_switches_to_the_tensors_device():
+    """Through the C interface, where no guard of torch's has switched before."""
+    case = Case(("BSND", "PA_BSND"), heads=64, dim=128, sparse_count=20, device="cuda:1")
+    expected = PAGE(*case.page_args())
+    got = torch.full_like(expected, -7)
+    names = ("query", "key", "weights", "actual_seq_lengths_query", "actual_seq_lengths_key")
+    names += ("block_table", "sparse_indices")
+    tensors = (*case.tensors, *case.lists, case.table, got)
+    with torch.cuda.device(1):  # torch exports from the current device only
+        held = {name: _arrays._from_dlpack(t, -1) for name, t in zip(names, tensors)}
+    args = _library.Args(size=ctypes.sizeof(_library.Args), layout_key=2, sparse_count=20, sparse_mode=3)
+    for name, one in held.items():
+        setattr(args, name, ctypes.pointer(one.tensor))
+    context, size = _library.context(), ctypes.c_size_t()
+    _library.check(
+        _library.library.lidx_workspace_size(context, ctypes.byref(args), ctypes.byref(size))
+    )
+    workspace = torch.empty(size.value, dtype=torch.uint8, device="cuda:1")
+    args.workspace, args.workspace_size = workspace.data_ptr(), size.value
+    _library.check(_library.library.lidx_run(context, ctypes.byref(args)))
+    assert torch.cuda.current_device() == 0
+    torch.cuda.synchronize(1)
+    assert torch.equal(got, expected)
 
 
 def test_compiles_once_for_many_shapes_and_into_a_graph():
