@@ -59,9 +59,16 @@ static void print_option(const struct option *option) {
         printf("  %-30s%s\n", left, option->help);
 }
 
+/* "lidx run FILE.safetensors [options]" */
+static const char *usage(const struct command *command) {
+    static char text[NAME * 2];
+    snprintf(text, sizeof text, "lidx %s%s%s [options]", command->name,
+             *command->arguments ? " " : "", command->arguments);
+    return text;
+}
+
 static void print_help(const struct command *command) {
-    printf("usage: lidx %s%s%s [options]\n\n%s\n\n", command->name, *command->arguments ? " " : "",
-           command->arguments, command->summary);
+    printf("usage: %s\n\n%s\n\n", usage(command), command->summary);
     for (int t = 0; command->tables[t]; t++)
         for (const struct option *option = command->tables[t]; option->name; option++)
             print_option(option);
@@ -161,13 +168,12 @@ int options_parse(const struct command *command, int argc, char **argv,
             if (status >= 0)
                 return status;
         } else if (n_positional == command->max_positional) {
-            return refuse("\"%.60s\" is one argument too many; usage: lidx %s %s", argv[i],
-                          command->name, command->arguments);
+            return refuse("\"%.60s\" is one argument too many; usage: %s", argv[i], usage(command));
         } else {
             positional[n_positional++] = argv[i];
         }
     }
     if (n_positional < command->min_positional)
-        return refuse("the file is missing; usage: lidx %s %s", command->name, command->arguments);
+        return refuse("the file is missing; usage: %s", usage(command));
     return -1;
 }

@@ -131,11 +131,15 @@ static void run_side(const struct side *side) {
         fail(lidx_last_error());
 }
 
+/* The one that LIDX_KERNEL names, or else the best. */
 static const char *kernel_name(void) {
     static struct lidx_kernel_info info;
+    const char *forced = getenv("LIDX_KERNEL");
     for (int i = 0; i < lidx_kernel_count(); i++) {
         info.size = sizeof info;
-        if (lidx_kernel_info(i, &info) == 0 && info.chosen_bf16 && !strcmp(info.backend, "cpu"))
+        if (lidx_kernel_info(i, &info) || strcmp(info.backend, "cpu") != 0)
+            continue;
+        if (forced && *forced ? strcmp(forced, info.name) == 0 : info.chosen_bf16)
             return info.name;
     }
     return "scalar";
