@@ -12,8 +12,9 @@
 #ifndef LIDX_CUDA_DEVICE_H
 #define LIDX_CUDA_DEVICE_H
 
-#include "contexts.h"
 #include "scenario.h"
+
+#include "contexts.h"
 
 #include <cuda_runtime_api.h>
 
