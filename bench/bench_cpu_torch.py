@@ -19,6 +19,8 @@ import statistics
 import sys
 import time
 
+import interface
+
 HEADS, DIM, TOP_K = 64, 128, 2048
 CASES = [  # name, query tokens, keys, cold
     ("1 x 8192 hot", 1, 8192, False),
@@ -50,24 +52,10 @@ class Operator:
         self.lib = lib
         self.handle = lib.create(threads, kernel)
 
-    def tensor(self, data):
-        import torch
-
-        code = {torch.bfloat16: (self.lib.BFLOAT, 16), torch.int32: (self.lib.INT, 32)}[data.dtype]
-        shape = (ctypes.c_int64 * data.dim())(*data.shape)
-        return self.lib.Tensor(
-            data.data_ptr(), self.lib.Device(self.lib.CPU, 0), data.dim(), self.lib.Dtype(*code, 1),
-            shape, None, 0,
-        )
-
     def prepare(self, query, key, weights, indices):
         """A function that runs the operator on these tensors."""
-        args = self.lib.Args(size=ctypes.sizeof(self.lib.Args))
-        args.sparse_count, args.sparse_mode = indices.shape[-1], 0
-        for name, data in (
-            ("query", query), ("key", key), ("weights", weights), ("sparse_indices", indices)
-        ):
-            setattr(args, name, ctypes.pointer(self.tensor(data)))
+        tensors = {"query": query, "key": key, "weights": weights, "sparse_indices": indices}
+        args = interface.arguments(self.lib, tensors, sparse_count=indices.shape[-1], sparse_mode=0)
         run, handle, pointer = self.lib.library.lidx_run, self.handle, ctypes.byref(args)
         return lambda: self.lib.check(run(handle, pointer))
 
@@ -169,13 +157,7 @@ def run_case(operator, case, pool_bytes, seconds, compiled):
 
 def main():
     chosen = options()
-    os.environ["LIDX_TORCH"] = "0"
-    if chosen.library:
-        os.environ["LIDX_LIBRARY"] = os.path.abspath(chosen.library)
-    here = os.path.dirname(os.path.abspath(__file__))
-    sys.path.insert(0, os.path.join(here, "..", "bindings", "python"))
-    from lightning_indexer import _library as lib
-
+    lib = interface.load(chosen.library)
     try:
         import torch
     except ImportError:

@@ -19,10 +19,10 @@ that is linked with bench/count_cycles.c also reports how busy the tensor cores 
 import argparse
 import ctypes
 import json
-import os
 import statistics
 import sys
 
+import interface
 import torch
 
 TOP_K = 2048
@@ -42,19 +42,9 @@ OTHERS = {"prefill 2048 x 8192": (367, None), "prefill 8192 x 8192": (881, 1.2),
           "decode 128 x 65536": (484, None)}
 
 
-def load(path):
-    """The Python package's view of the library at `path`: its structs and functions."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    sys.path.insert(0, os.path.join(here, "..", "bindings", "python"))
-    os.environ.update(LIDX_TORCH="0", LIDX_LIBRARY=os.path.abspath(path))
-    from lightning_indexer import _library
-
-    return _library
-
-
 class Library:
     def __init__(self, path):
-        self.lib = load(path)
+        self.lib = interface.load(path)
         self.dll = self.lib.library
         self.contexts = {}
 
@@ -63,27 +53,13 @@ class Library:
             self.contexts[kernel] = self.lib.create(kernel=kernel)
         return self.contexts[kernel]
 
-    def describe(self, tensor):
-        """A struct lidx_tensor that keeps what it points at alive."""
-        lib = self.lib
-        code, bits = {torch.bfloat16: (lib.BFLOAT, 16), torch.float16: (lib.FLOAT, 16),
-                      torch.float32: (lib.FLOAT, 32), torch.int32: (lib.INT, 32)}[tensor.dtype]
-        shape = (ctypes.c_int64 * tensor.dim())(*tensor.shape)
-        described = lib.Tensor(tensor.data_ptr(), lib.Device(lib.CUDA, tensor.device.index or 0),
-                               tensor.dim(), lib.Dtype(code, bits, 1), shape, None, 0)
-        described.owner = (tensor, shape)
-        return described
-
     def runner(self, problem, kernel=None):
         """A function that enqueues one run, and the bytes of workspace it has."""
         context = self.context(kernel)
-        tensors = {name: self.describe(t) for name, t in problem.tensors.items()}
-        Args, layouts = self.lib.Args, self.lib.LAYOUTS
-        args = Args(size=ctypes.sizeof(Args), layout_query=layouts["BSND"],
-                    layout_key=layouts["PA_BSND" if "block_table" in tensors else "BSND"],
-                    sparse_count=TOP_K, sparse_mode=CAUSAL)
-        for name, tensor in tensors.items():
-            setattr(args, name, ctypes.pointer(tensor))
+        layouts = self.lib.LAYOUTS
+        layout_key = layouts["PA_BSND" if "block_table" in problem.tensors else "BSND"]
+        args = interface.arguments(self.lib, problem.tensors, layout_query=layouts["BSND"],
+                                   layout_key=layout_key, sparse_count=TOP_K, sparse_mode=CAUSAL)
         size = ctypes.c_size_t()
         self.lib.check(self.dll.lidx_workspace_size(context, ctypes.byref(args),
                                                     ctypes.byref(size)))
@@ -95,7 +71,7 @@ class Library:
         def run():
             self.lib.check(self.dll.lidx_run(context, ctypes.byref(args)))
 
-        run.owner = (tensors, workspace, args)
+        run.owner = workspace, args
         return run, size.value
 
 
