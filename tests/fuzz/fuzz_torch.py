@@ -103,7 +103,7 @@ def break_tensor(draw, tensor, how):
         wide[..., : tensor.shape[-1]] = tensor
         return wide[..., : tensor.shape[-1]]
     if how in ("values", "negative") and tensor.dtype == torch.int32 and tensor.numel():
-        broken = tensor.clone()
+        broken = tensor.clone(memory_format=torch.contiguous_format)
         at = draw(st.integers(0, tensor.numel() - 1))
         bad = [-1, -(2**31)] if how == "negative" else [99, 2**31 - 1, 7, 0]
         broken.view(-1)[at] = draw(st.sampled_from(bad))
