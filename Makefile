@@ -6,7 +6,7 @@ BUILD   ?= build
 JOBS    ?= $(shell nproc)
 VENV    ?= .venv
 PYTHON  ?= python3
-PACKAGES = gcc make cmake libcjson-dev python3-venv
+PACKAGES = gcc g++ make cmake pkg-config libcjson-dev python3-venv
 
 MAKEFLAGS += --no-print-directory
 
@@ -43,11 +43,15 @@ $(VENV)/ready: tests/requirements.txt | setup
 	$(VENV)/bin/pip install -q -r tests/requirements.txt
 	touch $@
 
-# The wheel is built and installed as a user would, but for the CUDA kernels, which were built above.
+# The wheel is built and installed as by a user, but for the CUDA kernels, which were built above. The
+# tests run against what is installed, and look into the wheel itself.
 test-python: all $(VENV)/ready
-	$(VENV)/bin/pip install -q --no-build-isolation --no-deps --force-reinstall \
+	rm -rf $(BUILD)/wheel
+	$(VENV)/bin/pip wheel -q --no-build-isolation --no-deps -w $(BUILD)/wheel \
 	    --config-settings=cmake.define.LIDX_CUDA=OFF .
-	LIDX_BIN=$(BUILD)/tools/lidx $(VENV)/bin/python -m pytest -q tests
+	$(VENV)/bin/pip install -q --no-deps --force-reinstall $(BUILD)/wheel/*.whl
+	LIDX_BIN=$(BUILD)/tools/lidx LIDX_WHEEL=$$(echo $(BUILD)/wheel/*.whl) \
+	    $(VENV)/bin/python -m pytest -q -rs tests
 
 test-trust: all
 	sh tests/campaign.sh quick
