@@ -40,6 +40,10 @@ def test_result_does_not_depend_on_the_number_of_threads():
         assert torch.equal(indices, results[0][0]) and torch.equal(values, results[0][1])
 
 
+# What forks has a process of its own: forking this one would copy the locks that threads of other
+# packages hold.
+
+
 class OperatorDataset(torch.utils.data.Dataset):
     def __len__(self):
         return 8
@@ -50,10 +54,18 @@ class OperatorDataset(torch.utils.data.Dataset):
 
 
 def test_works_in_data_loader_workers():
-    dataset = OperatorDataset()
-    expected = torch.stack([dataset[seed] for seed in range(8)])  # the parent has run it too
-    loader = torch.utils.data.DataLoader(dataset, batch_size=4, num_workers=2)
-    assert torch.equal(torch.cat(list(loader)), expected)
+    run_python(
+        """
+        from test_torch_processes import OperatorDataset, torch
+        dataset = OperatorDataset()
+        expected = torch.stack([dataset[seed] for seed in range(8)])  # the parent has run it too
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_size=4, num_workers=2, multiprocessing_context="fork"
+        )
+        assert torch.equal(torch.cat(list(loader)), expected)
+        """,
+        PYTHONPATH=os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]),
+    )
 
 
 def test_works_in_a_forked_child():

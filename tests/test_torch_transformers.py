@@ -136,7 +136,7 @@ def test_same_for_other_models_with_this_indexer(kind):
 
 
 def test_prefill_in_chunks_with_a_cache():
-    model, (ids, mask) = make_model(torch.float32), make_prompt()
+    model, (ids, _) = make_model(torch.float32), make_prompt()
     parameters = inspect.signature(type(model).forward).parameters
     name = "cache" if "cache" in parameters else "past_key_values"
 
