@@ -168,11 +168,12 @@ archer() {
 }
 
 run_tsan() {
-    build "$work/tsan" "test_operator test_process" -DCMAKE_BUILD_TYPE=Debug -DCMAKE_C_COMPILER=clang \
-        "-DCMAKE_C_FLAGS=${sanitized}thread" || return
+    build "$work/tsan" "test_operator test_process test_split" -DCMAKE_BUILD_TYPE=Debug \
+        -DCMAKE_C_COMPILER=clang "-DCMAKE_C_FLAGS=${sanitized}thread" || return
     # Races that TSan sees only in the runtime's own code are the runtime's: Archer says what it
     # orders. Races in our code are reported wherever the other access is.
-    for test in "test_operator --cases $tsan_cases" 'test_process threads'; do
+    for test in "test_operator --cases $tsan_cases" 'test_process threads' \
+        "test_split $tsan_cases"; do
         # shellcheck disable=SC2086 # a program and its arguments
         OMP_TOOL_LIBRARIES=$(archer) TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
             "$work/tsan/tests/"$test || return

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The plan: each visible (query, key) pair lies in exactly one item, pieces meet the limits and
- * begin where kernels can begin, slots of cut blocks do not overlap, and walks that skip items
- * see the same items as a walk over all.
+ * The plan: each visible (query, key) pair lies in exactly one piece, pieces meet the limits and
+ * begin where kernels can begin, slots of cut blocks do not overlap, cut blocks are noted as a walk
+ * meets them, and walks that skip blocks see the same as a walk over all.
  */
 #include "test.h"
 
@@ -52,12 +52,14 @@ static void cover_start(struct cover *c, const struct problem *p) {
     }
 }
 
-static void cover_add(struct cover *c, const struct problem *p, const struct plan_item *item) {
-    const struct extent *e = &c->extent[item->batch];
-    for (int r = 0; r < item->n_rows; r++) {
-        int64_t visible = lidx_visible(p, e, item->row + r);
-        for (int64_t j = item->key_begin; j < item->key_end && j < visible; j++)
-            c->count[item->batch][(item->row + r) * e->n_key + j]++;
+static void cover_add(struct cover *c, const struct problem *p, const struct plan_block *block,
+                      int piece) {
+    const struct extent *e = &c->extent[block->batch];
+    int64_t end = lidx_plan_key(block, piece + 1);
+    for (int r = 0; r < block->n_rows; r++) {
+        int64_t visible = lidx_visible(p, e, block->row + r);
+        for (int64_t j = lidx_plan_key(block, piece); j < end && j < visible; j++)
+            c->count[block->batch][(block->row + r) * e->n_key + j]++;
     }
 }
 
@@ -79,82 +81,90 @@ static void cover_end(struct cover *c, const struct problem *p, const char *what
           (long long)missing, (long long)twice, (long long)hidden);
 }
 
-struct tally {
-    int64_t *slot_owner; /* which block uses a slot, + 1 */
-    int64_t blocks;
-    int64_t splits;
-    int64_t last_split;
-};
+static int same_block(const struct plan_block *a, const struct plan_block *b) {
+    return a->batch == b->batch && a->extent.query_begin == b->extent.query_begin &&
+           a->extent.key_begin == b->extent.key_begin && a->row == b->row &&
+           a->n_keys == b->n_keys && a->piece_keys == b->piece_keys && a->n_rows == b->n_rows &&
+           a->n_pieces == b->n_pieces && a->split == b->split && a->slot == b->slot;
+}
 
-static void check_item(const struct plan *plan, const struct plan_limits *limits,
-                       const struct plan_item *item, struct tally *t, const char *what) {
-    struct extent e = lidx_extent(plan->p, item->batch);
-    CHECK(item->n_rows >= 1 && item->n_rows <= limits->rows && item->n_rows <= plan->rows,
-          "%s: %d rows", what, item->n_rows);
-    CHECK(item->row >= 0 && item->row + item->n_rows <= e.n_query, "%s: rows out of range", what);
-    CHECK(item->key_begin <= item->key_end && item->key_end <= e.n_key, "%s: keys out of range",
-          what);
-    CHECK(item->key_begin % PLAN_ALIGN == 0 || item->key_begin == item->key_end,
-          "%s: a piece begins at key %lld", what, (long long)item->key_begin);
-    CHECK((item->split >= 0) == (item->n_pieces > 1), "%s: split %lld with %d pieces", what,
-          (long long)item->split, item->n_pieces);
-    if (item->piece == 0)
-        t->blocks++;
-    if (item->n_pieces == 1)
-        return;
-    CHECK(item->key_begin < item->key_end, "%s: an empty piece", what);
-    CHECK(item->split < plan->n_splits, "%s: split %lld of %lld", what, (long long)item->split,
-          (long long)plan->n_splits);
-    if (item->piece >= limits->n_workers)
-        return;
-    for (int r = 0; r < item->n_rows; r++) {
-        int64_t slot = item->slot + (int64_t)item->piece * item->n_rows + r;
-        if (CHECK(slot >= 0 && slot < plan->n_slots, "%s: slot %lld of %lld", what,
-                  (long long)slot, (long long)plan->n_slots))
-            CHECK(t->slot_owner[slot]++ == 0, "%s: slot %lld used twice", what, (long long)slot);
+static void check_pieces(const struct plan_block *block, const char *what) {
+    CHECK_INT(lidx_plan_key(block, 0), 0, what);
+    CHECK_INT(lidx_plan_key(block, block->n_pieces), block->n_keys, what);
+    for (int i = 0; i < block->n_pieces; i++) {
+        int64_t begin = lidx_plan_key(block, i);
+        CHECK(begin < lidx_plan_key(block, i + 1) || block->n_keys == 0, "%s: an empty piece",
+              what);
+        CHECK(begin % PLAN_ALIGN == 0, "%s: a piece begins at key %lld", what, (long long)begin);
     }
 }
 
-static int same_item(const struct plan_item *a, const struct plan_item *b) {
-    return a->batch == b->batch && a->row == b->row && a->n_rows == b->n_rows &&
-           a->n_pieces == b->n_pieces && a->piece == b->piece && a->key_begin == b->key_begin &&
-           a->key_end == b->key_end && a->split == b->split && a->slot == b->slot;
+static void check_block(const struct plan *plan, const struct plan_limits *limits,
+                        const struct plan_block *block, int64_t *slot_owner, const char *what) {
+    struct extent e = lidx_extent(plan->p, block->batch);
+    CHECK(block->n_rows >= 1 && block->n_rows <= limits->rows && block->n_rows <= plan->rows,
+          "%s: %d rows", what, block->n_rows);
+    CHECK(block->row >= 0 && block->row + block->n_rows <= e.n_query, "%s: rows out of range",
+          what);
+    CHECK(block->n_keys >= 0 && block->n_keys <= e.n_key, "%s: keys out of range", what);
+    CHECK((block->split >= 0) == (block->n_pieces > 1), "%s: split %lld with %d pieces", what,
+          (long long)block->split, block->n_pieces);
+    check_pieces(block, what);
+    if (block->n_pieces == 1 || !CHECK(block->split < plan->n_splits, "%s: split %lld of %lld",
+                                       what, (long long)block->split, (long long)plan->n_splits))
+        return;
+    CHECK(same_block(block, &plan->cut[block->split]), "%s: cut block %lld is noted otherwise",
+          what, (long long)block->split);
+    int members = block->n_pieces < limits->n_workers ? block->n_pieces : limits->n_workers;
+    for (int i = 0; i < members * block->n_rows; i++) {
+        int64_t slot = block->slot + i;
+        if (CHECK(slot >= 0 && slot < plan->n_slots, "%s: slot %lld of %lld", what, (long long)slot,
+                  (long long)plan->n_slots))
+            CHECK(slot_owner[slot]++ == 0, "%s: slot %lld used twice", what, (long long)slot);
+    }
 }
 
 static void check_plan(const struct problem *p, struct rng *rng, const char *what) {
     struct plan_limits limits = {(int)rng_between(rng, 1, 40), (int)rng_between(rng, 1, PLAN_ROWS),
                                  rng_below(rng, 4) ? rng_between(rng, 2, 400) : 0,
                                  (int)rng_between(rng, 1, 4)};
+    struct guard cut = guard_after(sizeof(struct plan_block) * (size_t)(limits.slots / 2));
     struct plan plan;
     struct plan_cursor all, some;
     struct cover cover;
-    lidx_plan_build(&plan, p, &limits);
-    struct tally tally = {calloc((size_t)plan.n_slots + 1, sizeof(int64_t)), 0, 0, -1};
+    int64_t blocks = 0, pieces = 0, splits = 0;
+    lidx_plan_build(&plan, p, &limits, (struct plan_block *)(void *)cut.data);
+    int64_t *slot_owner = calloc((size_t)plan.n_slots + 1, sizeof *slot_owner);
     CHECK(plan.n_slots <= limits.slots, "%s: %lld slots of %lld", what, (long long)plan.n_slots,
           (long long)limits.slots);
     cover_start(&cover, p);
     lidx_plan_start(&all, &plan);
     lidx_plan_start(&some, &plan);
-    for (int64_t i = 0; i < plan.n_items; i++) {
-        struct plan_item item, again;
-        lidx_plan_seek(&all, i, &item);
-        check_item(&plan, &limits, &item, &tally, what);
-        cover_add(&cover, p, &item);
+    for (int64_t i = 0; i < plan.n_blocks; i++) {
+        struct plan_block block, again;
+        lidx_plan_seek(&all, i, &block);
+        check_block(&plan, &limits, &block, slot_owner, what);
+        for (int piece = 0; piece < block.n_pieces; piece++)
+            cover_add(&cover, p, &block, piece);
+        pieces += block.n_pieces;
+        splits += block.n_pieces > 1;
         if (rng_below(rng, 3) == 0) {
             lidx_plan_seek(&some, i, &again);
-            CHECK(same_item(&item, &again), "%s: item %lld depends on the walk", what,
+            CHECK(same_block(&block, &again), "%s: block %lld depends on the walk", what,
                   (long long)i);
         }
     }
     cover_end(&cover, p, what);
-    int64_t rows = 0;
     for (int b = 0; b < p->n_batch; b++)
-        rows += (lidx_extent(p, b).n_query + plan.rows - 1) / plan.rows;
-    CHECK_INT(tally.blocks, rows, what);
-    free(tally.slot_owner);
+        blocks += (lidx_extent(p, b).n_query + plan.rows - 1) / plan.rows;
+    CHECK_INT(plan.n_blocks, blocks, what);
+    CHECK_INT(plan.n_pieces, pieces, what);
+    CHECK_INT(plan.n_splits, splits, what);
+    free(slot_owner);
+    guard_free(&cut);
 }
 
-/* Rows without keys still need an item, which writes their -1. */
+/* Rows without keys still need a block, which writes their -1. */
 static void check_empty_rows(void) {
     struct rng rng = rng_seed(3);
     struct layout l;
@@ -179,24 +189,18 @@ static void check_large(void) {
                         .sparse_mode = 3,
                         .query_lengths = &query_length,
                         .key_lengths = &key_length};
+    static struct plan_block cut[2048];
     struct plan plan;
-    struct plan_cursor cursor;
-    struct plan_item item;
-    lidx_plan_build(&plan, &p, &limits);
-    CHECK(plan.n_items >= 1024, "a row of 2^31 - 1 keys makes %lld items", (long long)plan.n_items);
-    int64_t at = 0;
-    lidx_plan_start(&cursor, &plan);
-    for (int64_t i = 0; i < plan.n_items; i++) {
-        lidx_plan_seek(&cursor, i, &item);
-        CHECK_INT(item.key_begin, at, "pieces follow each other");
-        at = item.key_end;
-    }
-    CHECK_INT(at, INT32_MAX, "the last piece ends with the keys");
+    lidx_plan_build(&plan, &p, &limits, cut);
+    CHECK(plan.n_pieces >= 1024, "a row of 2^31 - 1 keys makes %lld pieces",
+          (long long)plan.n_pieces);
+    CHECK_INT(plan.n_splits, 1, "a cut row");
+    check_pieces(&cut[0], "a row of 2^31 - 1 keys");
     p.sparse_mode = 0;
     p.n_query = query_length = 1 << 20;
-    lidx_plan_build(&plan, &p, &limits);
-    CHECK(plan.n_items >= (1 << 20) / PLAN_ROWS, "2^20 rows make %lld items",
-          (long long)plan.n_items);
+    lidx_plan_build(&plan, &p, &limits, cut);
+    CHECK(plan.n_blocks >= (1 << 20) / PLAN_ROWS, "2^20 rows make %lld blocks",
+          (long long)plan.n_blocks);
 }
 
 int main(void) {

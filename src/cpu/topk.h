@@ -116,8 +116,9 @@ void lidx_topk_add(struct topk *t, const uint64_t *sorted, int n);
 /* Reduces to the k best, best first; entry[0..n) is the answer. */
 void lidx_topk_sort(struct topk *t);
 
-/* The best of two sorted lists, each ended by a 0, which no entry is: up to k of them to `out`,
- * best first, and a 0 behind them. Returns how many. */
+/* The best of two sorted lists, behind each of which there is a 0, which no entry is, or an entry
+ * worse than all of both: up to k of them to `out`, best first, and a 0 behind them. Returns how
+ * many. */
 int lidx_topk_merge(uint64_t *out, int k, const uint64_t *a, int n_a, const uint64_t *b, int n_b);
 
 #endif
