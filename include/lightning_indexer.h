@@ -5,7 +5,7 @@
  *     score[i, j] = sum over heads h of  weights[i, h] * max(0, dot(query[i, h, :], key[j, :]))
  *     out[i]      = the sparse_count best visible j: score descending, equal scores by ascending j
  *
- * Sizes, as the operator's page names them and as this library does:
+ * Sizes, in the letters of torch.ops.npu.lightning_indexer and in this library's words:
  *
  *     B   batches                      S1  query tokens of a batch     N1  n_heads, 1..128
  *     T1  query tokens of all batches  S2  keys of a batch             D   head_dim, 64 or 128
@@ -102,7 +102,7 @@ enum lidx_limit {
     LIDX_MAX_THREADS = 1024
 };
 
-/* The arguments of one run. Begin with LIDX_ARGS_INIT: it sets `size` and the page's defaults.
+/* The arguments of one run. Begin with LIDX_ARGS_INIT: it sets `size` and the operator's defaults.
  * Fields are only ever added at the end. */
 struct lidx_args {
     size_t size; /* sizeof(struct lidx_args) as the caller was compiled */

@@ -2,7 +2,7 @@
 """The operator's answers on the CPU: by the agreement rule against the reference, and exactly where
 sums are exact, with ties, plateaus, -0, NaN and infinities."""
 
-from torch_cases import NPU, PAGE, PAIRS, Case, special_numbers, torch
+from torch_cases import NPU_OP, OP, PAIRS, Case, special_numbers, torch
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -51,14 +51,14 @@ def random_cases(draw, exact=False):
 @settings(max_examples=120, deadline=None, suppress_health_check=SLOW, derandomize=True)
 @given(random_cases())
 def test_agrees_with_the_reference(case):
-    args, kwargs = case.npu_args(return_value=True)
-    case.check(*NPU(*args, **kwargs))
+    args, kwargs = case.keywords(return_value=True)
+    case.check(*NPU_OP(*args, **kwargs))
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=SLOW, derandomize=True)
 @given(random_cases(exact=True))
 def test_ties_zeros_infinities_and_nans_are_exact(case):
-    case.check_exactly(PAGE(*case.page_args()))
+    case.check_exactly(OP(*case.positional()))
 
 
 def test_a_plateau_is_decided_by_position():
@@ -66,7 +66,7 @@ def test_a_plateau_is_decided_by_position():
     key = torch.zeros(1, 5000, 1, 64, dtype=torch.bfloat16)
     key[0, ::2] = -1  # ReLU makes these exact zeros too, and -0 of the products counts as +0
     key[0, 4321] = 1
-    indices = PAGE(query, key, torch.ones(1, 1, 4), sparse_count=1000)
+    indices = OP(query, key, torch.ones(1, 1, 4), sparse_count=1000)
     assert indices.flatten().tolist() == [4321, *range(999)]
 
 
@@ -76,7 +76,7 @@ def test_a_nan_key_is_visible_and_last():
     key[0, [3, 30]] = torch.nan
     key[0, 7] = torch.inf
     weights = -torch.ones(1, 1, 2)
-    indices, values = NPU(query, key, weights, sparse_count=64, return_value=True)
+    indices, values = NPU_OP(query, key, weights, sparse_count=64, return_value=True)
     rest = [j for j in range(40) if j not in (3, 7, 30)]
     assert indices.flatten().tolist() == rest + [7, 3, 30] + [-1] * 24
     assert values.flatten()[37] == -torch.inf and values.flatten()[38:40].isnan().all()
@@ -86,14 +86,14 @@ def test_python_function_is_the_operator():
     case = Case(("TND", "PA_BSND"))
     arguments = (*case.tensors, *case.lists, case.table)
     indices = lightning_indexer.lightning_indexer(*arguments, **case.options)
-    assert torch.equal(indices, PAGE(*case.page_args()))
+    assert torch.equal(indices, OP(*case.positional()))
     again, values = lightning_indexer.lightning_indexer(*arguments, **case.options, return_values=True)
     assert torch.equal(again, indices)
     case.check(again, values)
     options = dict.fromkeys(case.options)
     case = Case(lists=False, query_lengths=(4, 4), key_lengths=(40, 40), sparse_count=2048)
     indices, values = lightning_indexer.lightning_indexer(*case.tensors, **options, return_values=True)
-    assert torch.equal(indices, PAGE(*case.page_args()))
+    assert torch.equal(indices, OP(*case.positional()))
     case.check(indices, values)
 
 
@@ -103,6 +103,6 @@ def test_empty_tensors():
             if layouts[1] == "PA_BSND" and not sum(key_lengths):
                 continue
             case = Case(layouts, query_lengths, key_lengths)
-            indices = PAGE(*case.page_args())
+            indices = OP(*case.positional())
             assert (indices == -1).all() or sum(query_lengths)
             case.check(indices)

@@ -25,7 +25,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 if not any(k["backend"] == "cuda" and k["available"] for k in lightning_indexer.kernels()):
     pytest.skip("the library has no kernel for this CUDA device", allow_module_level=True)
 
-from torch_cases import NPU, PAGE, PAIRS, Case, make_cases, special_numbers
+from torch_cases import NPU_OP, OP, PAIRS, Case, make_cases, special_numbers
 
 needs_two_devices = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="needs two CUDA devices; here is one"
@@ -58,8 +58,8 @@ def random_case(seed, **more):
 @pytest.mark.parametrize("seed", range(60))
 def test_agrees_with_the_reference(seed):
     case = random_case(seed)
-    args, kwargs = case.npu_args(return_value=True)
-    indices, values = NPU(*args, **kwargs)
+    args, kwargs = case.keywords(return_value=True)
+    indices, values = NPU_OP(*args, **kwargs)
     assert indices.is_cuda and values.is_cuda
     case.check(indices, values)
 
@@ -67,24 +67,24 @@ def test_agrees_with_the_reference(seed):
 @pytest.mark.parametrize("seed", range(40))
 def test_ties_zeros_infinities_and_nans_are_exact(seed):
     case = random_case(seed, fill=special_numbers(seed))
-    case.check_exactly(PAGE(*case.page_args()))
+    case.check_exactly(OP(*case.positional()))
 
 
 @pytest.mark.parametrize("layouts, lists", list(make_cases()))
 def test_opcheck(layouts, lists):
     lengths = {} if lists else {"query_lengths": (4, 4), "key_lengths": (40, 40)}
     case = Case(layouts, lists=lists, device="cuda", **lengths)
-    assert set(torch.library.opcheck(PAGE.default, case.page_args()).values()) == {"SUCCESS"}
-    args, kwargs = case.npu_args(return_value=True)
-    assert set(torch.library.opcheck(NPU.default, args, kwargs).values()) == {"SUCCESS"}
+    assert set(torch.library.opcheck(OP.default, case.positional()).values()) == {"SUCCESS"}
+    args, kwargs = case.keywords(return_value=True)
+    assert set(torch.library.opcheck(NPU_OP.default, args, kwargs).values()) == {"SUCCESS"}
 
 
 def test_repeats_bit_for_bit():
     case = random_case(3, heads=64, sparse_count=2048)
-    args, kwargs = case.npu_args(return_value=True)
-    indices, values = NPU(*args, **kwargs)
+    args, kwargs = case.keywords(return_value=True)
+    indices, values = NPU_OP(*args, **kwargs)
     for _ in range(5):
-        again = NPU(*args, **kwargs)
+        again = NPU_OP(*args, **kwargs)
         assert torch.equal(again[0], indices)
         assert torch.equal(again[1].view(torch.int16), values.view(torch.int16))
 
@@ -93,35 +93,35 @@ def test_errors_are_the_librarys():
     case = Case(device="cuda")
     query, key, weights = case.tensors
     with pytest.raises(RuntimeError, match="key has dtype"):
-        PAGE(query, key.half(), weights)
+        OP(query, key.half(), weights)
     with pytest.raises(RuntimeError, match="key is on device .* all tensors should be on one device"):
-        PAGE(query, key.cpu(), weights)
+        OP(query, key.cpu(), weights)
     with pytest.raises(RuntimeError, match="sparse_count is 0"):
-        PAGE(query, key, weights, sparse_count=0)
-    PAGE(query, key, weights)
+        OP(query, key, weights, sparse_count=0)
+    OP(query, key, weights)
 
 
 def test_values_out_of_range_are_clamped():
     case = Case(("BSND", "PA_BSND"), key_lengths=(40, 33), device="cuda")
-    expected = PAGE(*case.page_args())
+    expected = OP(*case.positional())
     case.lists[0] = torch.tensor([99, 99], dtype=torch.int32, device="cuda")
-    got = PAGE(*case.page_args())  # 4 query tokens, as the tensor has
+    got = OP(*case.positional())  # 4 query tokens, as the tensor has
     case.lists[0] = torch.tensor([4, 4], dtype=torch.int32, device="cuda")
-    assert torch.equal(got, PAGE(*case.page_args()))
+    assert torch.equal(got, OP(*case.positional()))
     case.table = torch.full_like(case.table, 12345)
-    assert (PAGE(*case.page_args()) == -1).all()
+    assert (OP(*case.positional()) == -1).all()
     assert (expected != -1).any()
 
 
 def test_neither_synchronises_nor_waits():
     case = random_case(1, heads=64)
-    PAGE(*case.page_args())
+    OP(*case.positional())
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         torch.cuda._sleep(200_000_000)  # about 0.1 s: a call that waits for it shows below
         done = torch.cuda.Event()
-        PAGE(*case.page_args())
+        OP(*case.positional())
         done.record()
         assert not done.query()
     finally:
@@ -131,7 +131,7 @@ def test_neither_synchronises_nor_waits():
 
 def test_uses_the_current_stream():
     case = random_case(2, heads=16)
-    expected = PAGE(*case.page_args())
+    expected = OP(*case.positional())
     late = [torch.zeros_like(t) for t in case.tensors]
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
@@ -139,7 +139,7 @@ def test_uses_the_current_stream():
         torch.cuda._sleep(100_000_000)
         for target, source in zip(late, case.tensors):
             target.copy_(source)
-        got = PAGE(*late, *case.page_args()[3:])
+        got = OP(*late, *case.positional()[3:])
     stream.synchronize()
     assert torch.equal(got, expected)
 
@@ -157,14 +157,14 @@ def test_captures_and_replays_with_other_data(layouts, device):
         return Case(layouts, *lengths, heads=64, dim=128, sparse_count=64, seed=seed, device=device)
 
     static = case(0)
-    args, kwargs = static.npu_args(return_value=True)
+    args, kwargs = static.keywords(return_value=True)
     stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
-        NPU(*args, **kwargs)
+        NPU_OP(*args, **kwargs)
     torch.cuda.synchronize(device)
     with torch.cuda.graph(graph, stream=stream):
         with torch.cuda.device(0):  # capturing made `device` the current one
-            indices, values = NPU(*args, **kwargs)
+            indices, values = NPU_OP(*args, **kwargs)
     for seed in (1, 2, 3):
         other = case(seed)
         for target, source in zip(
@@ -174,7 +174,7 @@ def test_captures_and_replays_with_other_data(layouts, device):
                 target.copy_(source)
         graph.replay()
         torch.cuda.synchronize(device)
-        expected = PAGE(*other.page_args())
+        expected = OP(*other.positional())
         assert torch.equal(indices, expected)
         other.check(indices, values)
     assert torch.cuda.current_device() == 0
@@ -184,23 +184,23 @@ def test_captures_and_replays_with_other_data(layouts, device):
 @pytest.mark.parametrize("seed", range(8))
 def test_runs_where_the_tensors_are_and_leaves_the_current_device(seed):
     case, same = random_case(seed, device="cuda:1"), random_case(seed, device="cuda:0")
-    args, kwargs = case.npu_args(return_value=True)
-    indices, values = NPU(*args, **kwargs)
+    args, kwargs = case.keywords(return_value=True)
+    indices, values = NPU_OP(*args, **kwargs)
     assert indices.device == values.device == torch.device("cuda:1")
     assert torch.cuda.current_device() == 0
     case.check(indices, values)
-    assert torch.equal(indices.cpu(), PAGE(*same.page_args()).cpu())
+    assert torch.equal(indices.cpu(), OP(*same.positional()).cpu())
     with pytest.raises(RuntimeError, match="sparse_count is 0"):
-        PAGE(*case.page_args()[:8], 0, 3)
+        OP(*case.positional()[:8], 0, 3)
     with pytest.raises(RuntimeError, match="key is on device .* all tensors should be on one device"):
-        PAGE(case.tensors[0], same.tensors[1], *case.page_args()[2:])
+        OP(case.tensors[0], same.tensors[1], *case.positional()[2:])
     assert torch.cuda.current_device() == 0
 
 
 @needs_two_devices
 def test_uses_the_current_stream_of_the_tensors_device():
     case = random_case(2, heads=16, device="cuda:1")
-    expected = PAGE(*case.page_args())
+    expected = OP(*case.positional())
     late = [torch.zeros_like(t) for t in case.tensors]
     torch.cuda.synchronize(1)
     stream = torch.cuda.Stream("cuda:1")
@@ -209,7 +209,7 @@ def test_uses_the_current_stream_of_the_tensors_device():
         for target, source in zip(late, case.tensors):
             target.copy_(source)
         with torch.cuda.device(0):
-            got = PAGE(*late, *case.page_args()[3:])
+            got = OP(*late, *case.positional()[3:])
     stream.synchronize()
     assert torch.equal(got, expected)
 
@@ -218,7 +218,7 @@ def test_uses_the_current_stream_of_the_tensors_device():
 def test_the_library_itself_switches_to_the_tensors_device():
     """Through the C interface, where no guard of torch's has switched before."""
     case = Case(("BSND", "PA_BSND"), heads=64, dim=128, sparse_count=20, device="cuda:1")
-    expected = PAGE(*case.page_args())
+    expected = OP(*case.positional())
     got = torch.full_like(expected, -7)
     names = ("query", "key", "weights", "actual_seq_lengths_query", "actual_seq_lengths_key")
     names += ("block_table", "sparse_indices")
@@ -242,7 +242,7 @@ def test_the_library_itself_switches_to_the_tensors_device():
 
 def test_compiles_once_for_many_shapes_and_into_a_graph():
     def call(query, key, weights):
-        return PAGE(query * 2, key, weights, sparse_count=8) + 1
+        return OP(query * 2, key, weights, sparse_count=8) + 1
 
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(call, backend=counter, fullgraph=True, dynamic=True)
@@ -258,14 +258,14 @@ def test_compiles_once_for_many_shapes_and_into_a_graph():
 
 def test_leaks_no_memory():
     case = Case(("TND", "PA_BSND"), device="cuda")
-    args, kwargs = case.npu_args(return_value=True)
+    args, kwargs = case.keywords(return_value=True)
 
     def calls(n):
         for _ in range(n):
-            PAGE(*case.page_args())
-            NPU(*args, **kwargs)
+            OP(*case.positional())
+            NPU_OP(*args, **kwargs)
             with pytest.raises(RuntimeError):
-                PAGE(*case.page_args()[:8], 0, 3)
+                OP(*case.positional()[:8], 0, 3)
 
     calls(20)
     torch.cuda.synchronize()
@@ -285,8 +285,8 @@ def test_cupy_arrays():
         )
         stream.synchronize()
     assert isinstance(indices, cupy.ndarray) and values.dtype == cupy.float32
-    assert torch.equal(torch.from_dlpack(indices), PAGE(*case.page_args()))
+    assert torch.equal(torch.from_dlpack(indices), OP(*case.positional()))
     assert torch.equal(
         torch.from_dlpack(lightning_indexer.lightning_indexer(*arrays, **case.options)),
-        PAGE(*case.page_args()),
+        OP(*case.positional()),
     )

@@ -2,7 +2,7 @@
 """What the operator refuses, and the sentences that it refuses with."""
 
 import pytest
-from torch_cases import NPU, PAGE, Case, refused, torch
+from torch_cases import NPU_OP, OP, Case, refused, torch
 
 import lightning_indexer
 
@@ -81,10 +81,10 @@ BAD = {
 def test_each_error_is_a_runtime_error_with_the_librarys_sentence(sentence):
     case = BAD[sentence]()
     with pytest.raises(RuntimeError, match=sentence) as by_torch:
-        PAGE(*case.page_args())
-    args, kwargs = case.npu_args(return_value=True)
+        OP(*case.positional())
+    args, kwargs = case.keywords(return_value=True)
     with pytest.raises(RuntimeError, match=sentence):
-        NPU(*args, **kwargs)
+        NPU_OP(*args, **kwargs)
     # NumPy arrays go to the library without torch; it must say the very same.
     arrays = [numpy_of(tensor) for tensor in (*case.tensors, *case.lists, case.table)]
     with pytest.raises(RuntimeError) as by_library:
@@ -104,7 +104,7 @@ TENSOR_NAMES = (
 
 def call_both(tensors, options):
     """Calls each operator with the six tensors by name; yields the refusals."""
-    for call in (PAGE, NPU):
+    for call in (OP, NPU_OP):
         required, optional = tensors[:3], dict(zip(TENSOR_NAMES[3:], tensors[3:]))
         with pytest.raises(RuntimeError) as refusal:
             call(*required, **optional, **options)
@@ -139,20 +139,20 @@ def test_a_missing_tensor_is_named(missing, devices):
 
 
 def test_windows_are_refused():
-    args, kwargs = Case().npu_args()
+    args, kwargs = Case().keywords()
     for name in ("pre_tokens", "next_tokens"):
         with pytest.raises(RuntimeError, match=f"{name} is 4; it should be 9223372036854775807"):
-            NPU(*args, **kwargs, **{name: 4})
+            NPU_OP(*args, **kwargs, **{name: 4})
 
 
 def test_a_refusal_leaves_the_operator_usable():
     case = Case()
-    expected = PAGE(*case.page_args())
-    refused(PAGE, *case.page_args()[:8], -5, 3)
-    assert torch.equal(PAGE(*case.page_args()), expected)
+    expected = OP(*case.positional())
+    refused(OP, *case.positional()[:8], -5, 3)
+    assert torch.equal(OP(*case.positional()), expected)
 
 
 def test_a_sparse_tensor_is_refused():
     query, key, weights = Case(dtype=torch.float16).tensors
     with pytest.raises((RuntimeError, NotImplementedError)):
-        PAGE(query, key.squeeze(2).to_sparse(), weights)
+        OP(query, key.squeeze(2).to_sparse(), weights)

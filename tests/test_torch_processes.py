@@ -7,7 +7,7 @@ import gc
 import os
 
 import pytest
-from torch_cases import NPU, PAGE, Case, refused, run_python, torch
+from torch_cases import NPU_OP, OP, Case, refused, run_python, torch
 
 
 # --- threads and processes ---------------------------------------------------------------------
@@ -15,11 +15,11 @@ from torch_cases import NPU, PAGE, Case, refused, run_python, torch
 
 def test_threads_share_nothing():
     cases = [Case(seed=seed, query_lengths=(5, 9), key_lengths=(300, 211)) for seed in range(4)]
-    expected = [PAGE(*case.page_args()) for case in cases]
+    expected = [OP(*case.positional()) for case in cases]
 
     def work(index):
         case = cases[index % 4]
-        return all(torch.equal(PAGE(*case.page_args()), expected[index % 4]) for _ in range(20))
+        return all(torch.equal(OP(*case.positional()), expected[index % 4]) for _ in range(20))
 
     for _ in range(3):  # threads come and go, with their contexts
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -33,7 +33,7 @@ def test_result_does_not_depend_on_the_number_of_threads():
     try:
         for n in (1, 2, 3, 8):
             torch.set_num_threads(n)
-            results.append(NPU(*case.tensors, **case.npu_args(return_value=True)[1]))
+            results.append(NPU_OP(*case.tensors, **case.keywords(return_value=True)[1]))
     finally:
         torch.set_num_threads(before)
     for indices, values in results:
@@ -50,7 +50,7 @@ class OperatorDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, seed):
         case = Case(seed=seed, query_lengths=(40, 3), key_lengths=(300, 211))
-        return PAGE(*case.page_args())
+        return OP(*case.positional())
 
 
 def test_works_in_data_loader_workers():
@@ -121,31 +121,31 @@ def live_tensors():
 @pytest.mark.parametrize("layouts", [("TND", "PA_BSND"), ("BSND", "BSND")])
 def test_calls_and_refused_calls_leak_nothing(layouts):
     case = Case(layouts, query_lengths=(1, 1), key_lengths=(3, 2), heads=1, sparse_count=2)
-    page = case.page_args()
-    args, kwargs = case.npu_args(return_value=True)
-    wrong_layout = page[:6] + ("layout with a name too long for a short string", "BSND", 2, 3)
-    wrong_count = page[:8] + (0, 3)
-    wrong_key = (page[0], page[1].float(), *page[2:])
+    arguments = case.positional()
+    args, kwargs = case.keywords(return_value=True)
+    wrong_layout = arguments[:6] + ("layout with a name too long for a short string", "BSND", 2, 3)
+    wrong_count = arguments[:8] + (0, 3)
+    wrong_key = (arguments[0], arguments[1].float(), *arguments[2:])
 
     def calls(n):
         for _ in range(n):
-            PAGE(*page)
-            NPU(*args, **kwargs)
+            OP(*arguments)
+            NPU_OP(*args, **kwargs)
 
     def refusals(n):
         for _ in range(n):
-            refused(PAGE, *wrong_layout)
-            refused(PAGE, *wrong_count)
-            refused(PAGE, *wrong_key)
-            refused(NPU, *args, **{**kwargs, "pre_tokens": 1})
+            refused(OP, *wrong_layout)
+            refused(OP, *wrong_count)
+            refused(OP, *wrong_key)
+            refused(NPU_OP, *args, **{**kwargs, "pre_tokens": 1})
 
     for work, n in ((calls, 5000), (refusals, 2500)):
         work(300)
-        holders = [t._use_count() for t in page if isinstance(t, torch.Tensor)]
+        holders = [t._use_count() for t in arguments if isinstance(t, torch.Tensor)]
         tensors, used, resident = live_tensors(), bytes_in_use(), resident_bytes()
         work(n)  # 10,000 calls of the operators
         assert live_tensors() == tensors
-        assert [t._use_count() for t in page if isinstance(t, torch.Tensor)] == holders
+        assert [t._use_count() for t in arguments if isinstance(t, torch.Tensor)] == holders
         # One forgotten cell of 8 bytes a call would be 160 KB or more.
         assert used is None or bytes_in_use() - used < 80_000
         assert resident_bytes() - resident < 4 << 20

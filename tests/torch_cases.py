@@ -22,8 +22,8 @@ except ImportError:
 import lightning_indexer  # noqa: F401  registers the operators
 from lightning_indexer import reference
 
-PAGE = torch.ops.lightning_indexer.lightning_indexer
-NPU = torch.ops.lightning_indexer.npu_lightning_indexer
+OP = torch.ops.lightning_indexer.lightning_indexer
+NPU_OP = torch.ops.lightning_indexer.npu_lightning_indexer
 PAIRS = [("BSND", "BSND"), ("TND", "TND"), ("BSND", "PA_BSND"), ("TND", "PA_BSND")]
 
 
@@ -86,10 +86,12 @@ class Case:
         self.table = move(self.table)
         return self
 
-    def page_args(self):
+    def positional(self):
+        """All arguments of OP, in their order."""
         return (*self.tensors, *self.lists, self.table, *self.options.values())
 
-    def npu_args(self, **more):
+    def keywords(self, **more):
+        """Arguments of NPU_OP: the tensors that it takes by position, and the rest by name."""
         lists = dict(
             actual_seq_lengths_query=self.lists[0],
             actual_seq_lengths_key=self.lists[1],

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import lightning_indexer
 
-PAGE = torch.ops.lightning_indexer.lightning_indexer
-NPU = torch.ops.lightning_indexer.npu_lightning_indexer
+OP = torch.ops.lightning_indexer.lightning_indexer
+NPU_OP = torch.ops.lightning_indexer.npu_lightning_indexer
 PAIRS = [("BSND", "BSND"), ("TND", "TND"), ("BSND", "PA_BSND"), ("TND", "PA_BSND")]
 NAMES = ("query", "key", "weights", "actual_seq_lengths_query", "actual_seq_lengths_key",
          "block_table")
@@ -141,15 +141,15 @@ def calls(draw):
             call[name] = draw(OPTION_BREAKS[name])
         else:
             call[name] = break_tensor(draw, call[name], draw(st.sampled_from(TENSOR_BREAKS)))
-    return call, draw(st.sampled_from(["page", "npu", "function"]))
+    return call, draw(st.sampled_from(["op", "npu_op", "function"]))
 
 
 def run(call, through):
-    if through == "page":
-        return PAGE(*(call[name] for name in NAMES), call["layout_query"], call["layout_key"],
+    if through == "op":
+        return OP(*(call[name] for name in NAMES), call["layout_query"], call["layout_key"],
                     call["sparse_count"], call["sparse_mode"])
-    if through == "npu":
-        return NPU(call["query"], call["key"], call["weights"],
+    if through == "npu_op":
+        return NPU_OP(call["query"], call["key"], call["weights"],
                    **{name: value for name, value in call.items()
                       if name not in ("query", "key", "weights")})[0]
     return lightning_indexer.lightning_indexer(**call)
