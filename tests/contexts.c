@@ -23,7 +23,8 @@ struct lidx_context *make_context(const char *kernel, int n_threads) {
     options.kernel = kernel;
     options.n_threads = n_threads;
     if (lidx_create(&context, &options)) {
-        printf("no context for %s with %d threads: %s\n", kernel, n_threads, lidx_last_error());
+        printf("no context for %s with %d threads: %s\n", kernel ? kernel : "the best kernel",
+               n_threads, lidx_last_error());
         exit(EXIT_FAILURE);
     }
     return context;

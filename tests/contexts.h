@@ -13,7 +13,7 @@ enum { MAX_KERNELS = 16, KERNEL_NAME = 32 };
  * many there are. */
 int find_kernels(const char *backend, const char *only, char name[MAX_KERNELS][KERNEL_NAME]);
 
-/* Ends the test when it is refused. */
+/* With the best kernel where `kernel` is NULL. Ends the test when it is refused. */
 struct lidx_context *make_context(const char *kernel, int n_threads);
 
 #endif
