@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Hugging Face Transformers DeepSeek-V3.2 model that selects through the operator.
 
-    pip install lightning_indexer[transformers]
+    pip install .[transformers]
     python examples/transformers_patch.py
 
 The model is tiny and has random weights, so nothing is downloaded: a real one is patched by the

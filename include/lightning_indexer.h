@@ -54,7 +54,7 @@ enum lidx_status {
     LIDX_ERR_LAYOUT = 2,    /* a layout, or a pair of layouts, that does not exist */
     LIDX_ERR_SHAPE = 3,     /* a dimension is not what the others require */
     LIDX_ERR_DTYPE = 4,     /* an element type that the argument does not take */
-    LIDX_ERR_STRIDE = 5,    /* an inner dimension is not contiguous */
+    LIDX_ERR_STRIDE = 5,    /* an inner dimension is not contiguous, or batches overlap */
     LIDX_ERR_OPTION = 6,    /* sparse_count, sparse_mode, threads or kernel out of range */
     LIDX_ERR_VALUE = 7,     /* a length or a page id out of range (CPU tensors only) */
     LIDX_ERR_DEVICE = 8,    /* tensors on different devices, or on one that is not supported */
