@@ -69,8 +69,7 @@ static void format_shape(char text[TEXT], const int64_t *shape, int ndim) {
 /* Structure of one tensor: what has to hold before its shape means anything. */
 static int check_structure(struct checker *c, struct operand *o, const char *name,
                            const struct lidx_tensor *t, int ndim) {
-    o->name = name;
-    o->tensor = t;
+    *o = (struct operand){.name = name, .tensor = t};
     if (!t)
         return lidx_fail(LIDX_ERR_ARGUMENT, "%s is missing; it is a required argument", name);
     if (t->ndim != ndim)
@@ -92,10 +91,8 @@ static int check_structure(struct checker *c, struct operand *o, const char *nam
                              (long long)size, i);
         if (size == 0)
             empty = 1;
-        else if (n > (INT64_MAX / 64) / size)
+        else if (__builtin_mul_overflow(n, size, &n) || n > INT64_MAX / 64)
             return lidx_fail(LIDX_ERR_SHAPE, "%s has more elements than 64 bits can address", name);
-        else
-            n *= size;
     }
     o->n_elements = empty ? 0 : n;
     if (t->device.device_type != c->device.device_type ||
@@ -169,14 +166,13 @@ static int check_strides(struct operand *o, int packed, int is_output) {
 
 static int check_data(struct checker *c, struct operand *o) {
     const struct lidx_tensor *t = o->tensor;
-    o->data = NULL;
     if (c->depth == CHECK_SIZES || o->n_elements == 0)
         return LIDX_OK;
     if (!t->data)
         return lidx_fail(LIDX_ERR_ARGUMENT, "%s.data is NULL; it should point at %lld elements",
                          o->name, (long long)o->n_elements);
     o->data = (unsigned char *)t->data + t->byte_offset;
-    if ((uintptr_t)o->data % (uintptr_t)element_bytes(o))
+    if ((uintptr_t)o->data & (uintptr_t)(element_bytes(o) - 1)) /* a power of two */
         return lidx_fail(LIDX_ERR_ARGUMENT,
                          "%s.data is not aligned to its elements; it should be a multiple of %d",
                          o->name, element_bytes(o));
@@ -185,7 +181,10 @@ static int check_data(struct checker *c, struct operand *o) {
 
 static int check_shape(const struct operand *o, const int64_t *expected, const char *meaning) {
     const struct lidx_tensor *t = o->tensor;
-    if (memcmp(t->shape, expected, (size_t)t->ndim * sizeof *expected) == 0)
+    int i = 0;
+    while (i < t->ndim && t->shape[i] == expected[i])
+        i++;
+    if (i == t->ndim)
         return LIDX_OK;
     char is[TEXT], should_be[TEXT];
     format_shape(is, t->shape, t->ndim);
@@ -283,6 +282,7 @@ static int check_lengths(struct checker *c, struct operand *o, const char *name,
                          const struct lidx_tensor *t, const char *required) {
     int status;
     if (!t) {
+        *o = (struct operand){.name = name};
         if (required)
             return lidx_fail(LIDX_ERR_ARGUMENT, "%s is missing; it is required with %s", name,
                              required);
@@ -382,6 +382,7 @@ static int check_outputs(struct checker *c) {
         (status = check_int32(&c->indices)))
         return status;
     p->values_dtype = DTYPE_F32;
+    c->values = (struct operand){.name = "sparse_values"};
     if (!args->sparse_values)
         return LIDX_OK;
     if ((status = check_output(c, &c->values, "sparse_values", args->sparse_values)) ||
@@ -460,8 +461,11 @@ static int check_values(const struct checker *c) {
 
 int lidx_check(const struct lidx_args *args, enum check_depth depth, struct problem *p,
                struct lidx_device *device) {
-    struct checker c = {.args = args, .depth = depth, .p = p};
+    struct checker c; /* each operand is filled where it is checked */
     int status;
+    c.args = args;
+    c.depth = depth;
+    c.p = p;
     memset(p, 0, sizeof *p);
     if ((status = check_options(args)))
         return status;

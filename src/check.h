@@ -18,7 +18,7 @@ enum check_depth {
 int lidx_copy_sized(void *target, size_t target_size, const void *source, size_t minimum,
                     const char *name);
 
-/* `args` is a full-sized copy. `device` is the one that all tensors are on. */
+/* `args` is of this version's size. `device` is the one that all tensors are on. */
 int lidx_check(const struct lidx_args *args, enum check_depth depth, struct problem *p,
                struct lidx_device *device);
 

@@ -127,15 +127,20 @@ void lidx_destroy(struct lidx_context *context) {
     free(context);
 }
 
-/* What lidx_run and lidx_workspace_size have in common: arguments to a problem and its backend. */
-static int prepare(struct lidx_context *context, const struct lidx_args *args,
+/* What lidx_run and lidx_workspace_size have in common: arguments to a problem and its backend.
+ * *args comes to point at `copy` where the caller's struct is not of this version's size. */
+static int prepare(struct lidx_context *context, const struct lidx_args **args,
                    enum check_depth depth, struct lidx_args *copy, struct problem *p,
                    struct lidx_device *device, int *backend) {
-    if (!context || !args)
+    int status = LIDX_OK;
+    if (!context || !*args)
         return lidx_fail(LIDX_ERR_ARGUMENT, "%s is NULL; it is a required argument",
                          context ? "args" : "context");
-    int status = lidx_copy_sized(copy, sizeof *copy, args, ARGS_MINIMUM, "lidx_args");
-    if (status || (status = lidx_check(copy, depth, p, device)))
+    if ((*args)->size != sizeof **args) {
+        status = lidx_copy_sized(copy, sizeof *copy, *args, ARGS_MINIMUM, "lidx_args");
+        *args = copy;
+    }
+    if (status || (status = lidx_check(*args, depth, p, device)))
         return status;
     int type = device->device_type;
     if (type == LIDX_CUDA_HOST)
@@ -156,7 +161,7 @@ int lidx_workspace_size(struct lidx_context *context, const struct lidx_args *ar
     struct lidx_args copy;
     struct problem p;
     struct lidx_device device;
-    int i, status = prepare(context, args, CHECK_SIZES, &copy, &p, &device, &i);
+    int i, status = prepare(context, &args, CHECK_SIZES, &copy, &p, &device, &i);
     if (status)
         return status;
     if (!bytes)
@@ -183,13 +188,13 @@ int lidx_run(struct lidx_context *context, const struct lidx_args *args) {
     struct problem p;
     struct lidx_device device;
     size_t needed;
-    int i, status = prepare(context, args, CHECK_DATA, &copy, &p, &device, &i);
+    int i, status = prepare(context, &args, CHECK_DATA, &copy, &p, &device, &i);
     if (status)
         return status;
     status = backends[i]->workspace_size(context->state[i], &p, device.device_id, &needed);
-    if (status || (status = check_workspace(&copy, needed)))
+    if (status || (status = check_workspace(args, needed)))
         return status;
-    const struct run_resources resources = {copy.stream, copy.workspace, copy.workspace_size,
+    const struct run_resources resources = {args->stream, args->workspace, args->workspace_size,
                                             device.device_id};
     return backends[i]->run(context->state[i], &p, &resources);
 }
