@@ -212,9 +212,11 @@ run_coverage() {
         --exclude-regex test_scale --output-on-failure || return
     kernels=$("$work/coverage/tests/test_operator" --cases 1 | sed -n 's/^kernels: //p' | tr -d ,)
     set --
-    for kernel in avx512_bf16 avx512 avx2 neon; do # amx runs on emulated instructions
+    for kernel in avx512_bf16 avx512 avx2 neon; do
         case " $kernels " in *" $kernel "*) ;; *) set -- "$@" --skip "$kernel" ;; esac
     done
+    # AMX runs on emulated tiles; what it does beside them, and the selection's vector loops, do not.
+    case " $kernels " in *" avx512 "*) ;; *) set -- "$@" --skip amx --skip topk_avx512 ;; esac
     python3 tests/coverage.py "$work/coverage" "$root" --least 95 "$@"
 }
 
