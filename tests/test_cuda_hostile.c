@@ -107,7 +107,7 @@ static void check_bad_pages(struct kernel *kernel) {
 
 /* ---- any lengths and tables ------------------------------------------------------------------ */
 
-enum { MOST_BATCH = 200, MOST_WIDTH = 12 };
+enum { MOST_BATCH = 300, MOST_WIDTH = 12 }; /* 300: more than a warp of the Hopper kernel sums up */
 
 /* What a case is like, and its lists as a kernel should take them. */
 struct hostile {

@@ -56,25 +56,14 @@ static __device__ __forceinline__ void tma_prefetch_map(const CUtensorMap *map) 
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-/* What L2 does with lines that an access touches: gives them up before others, or after them. */
-enum keep { KEEP_NORMAL, KEEP_SHORT, KEEP_LONG };
+/* What L2 does with lines that a load brings: KEEP_SHORT gives them up before others. */
+enum keep { KEEP_NORMAL, KEEP_SHORT };
 
 template <enum keep KEEP> static __device__ __forceinline__ uint64_t cache_policy() {
     uint64_t policy = 0;
     if (KEEP == KEEP_SHORT)
         asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    if (KEEP == KEEP_LONG)
-        asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
     return policy;
-}
-
-template <enum keep KEEP>
-static __device__ __forceinline__ void store_float(float *to, float x, uint64_t policy) {
-    if (KEEP == KEEP_NORMAL)
-        *to = x;
-    else
-        asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" ::"l"(to), "f"(x), "l"(policy)
-                     : "memory");
 }
 
 template <enum keep KEEP>

@@ -26,16 +26,45 @@ namespace {
 
 /* ---- Kernel -------------------------------------------------------------------------------- */
 
+/* By one warp, a place of the rings to a lane. */
 template <class S> __device__ __forceinline__ void init_barriers(struct shared_memory<S> &s) {
-    for (int i = 0; i < 2; i++) {
-        barrier_init(shared_address(&s.query_full[i]), 1 + 32); /* TMA warp, items warp */
-        barrier_init(shared_address(&s.query_empty[i]), CONSUMERS * 4);
+    int lane = threadIdx.x & 31;
+    if (lane < 2) {
+        barrier_init(shared_address(&s.query_full[lane]), 1 + 32); /* TMA warp, items warp */
+        barrier_init(shared_address(&s.query_empty[lane]), CONSUMERS * 4);
     }
-    for (int i = 0; i < S::STAGES; i++) {
-        barrier_init(shared_address(&s.key_full[i]), 1);
-        barrier_init(shared_address(&s.key_empty[i]), 4);
+    if (lane < S::STAGES) {
+        barrier_init(shared_address(&s.key_full[lane]), 1);
+        barrier_init(shared_address(&s.key_empty[lane]), 4);
     }
     barrier_init_fence();
+    __syncwarp();
+}
+
+/* The last warpgroup: two warps feed, a third makes the barriers while these find their run. Feeders
+ * and consumers await it at a named barrier each, since all that wait at one should do so at the
+ * same place of the code: synccheck takes anything else for an error. */
+template <class S>
+__device__ __forceinline__ void feed(const struct arguments &a, struct shared_memory<S> &s,
+                                     const CUtensorMap *query_map, const CUtensorMap *key_map) {
+    int warp = threadIdx.x / 32 % 4; /* by a shuffle it would cost prefill 4 percent */
+    if (warp < 2) {
+        struct walk w = find_run<S>(a, s);
+        named_barrier_sync(BARRIER_FEED, 3 * 32);
+        if (warp == 0)
+            feed_tensors<S>(a, s, query_map, key_map, w);
+        else
+            feed_items<S>(a, s, w);
+    } else if (warp == 2) {
+        if (elect_one()) {
+            tma_prefetch_map(query_map);
+            tma_prefetch_map(key_map);
+        }
+        __syncwarp();
+        init_barriers<S>(s);
+        named_barrier_arrive(BARRIER_FEED, 3 * 32);
+        named_barrier_arrive(BARRIER_CONSUME, CONSUMERS * WARPGROUP + 32);
+    }
 }
 
 template <class T, class S>
@@ -45,27 +74,20 @@ __global__ __launch_bounds__(THREADS, 1) void score_sm90(
     extern __shared__ __align__(1024) uint8_t raw[];
     struct shared_memory<S> &s = *(struct shared_memory<S> *)raw;
     long long begin = clock64();
-    if (threadIdx.x == THREADS - 1) {
-        init_barriers<S>(s);
-        tma_prefetch_map(&query_map);
-        tma_prefetch_map(&key_map);
-    }
     launch_dependents();
-    if (chunk_size(a) > 1)
+    if (chunk_size(a) > LANE_BATCHES) {
         sum_chunks<S>(a, s);
-    __syncthreads();
+        __syncthreads();
+    }
     /* Through a shuffle, so that the compiler knows it, and all that follows from it, to be the
      * same in a warp. */
     int group = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
     if (group == CONSUMERS) {
         registers_shrink<S::PRODUCER_REGISTERS>();
-        int warp = threadIdx.x / 32 % 4;
-        if (warp == 0)
-            feed_tensors<S>(a, s, &query_map, &key_map);
-        else if (warp == 1)
-            feed_items<S>(a, s);
+        feed<S>(a, s, &query_map, &key_map);
     } else {
         registers_grow<S::CONSUMER_REGISTERS>();
+        named_barrier_sync(BARRIER_CONSUME, CONSUMERS * WARPGROUP + 32);
         consume<T, S>(a, s, group);
         if (a.cycles && threadIdx.x == 0)
             atomicAdd(a.cycles, (unsigned long long)(clock64() - begin));
@@ -104,7 +126,7 @@ int encode_map(CUtensorMap *map, const struct problem *p, const void *base, int 
         p->dtype == DTYPE_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         rank, (void *)base, sizes, strides, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }

@@ -67,7 +67,6 @@ template <class S> struct lane_item {
     int32_t limit[GROUPS];
     int32_t key;   /* of the lane's first key row in the tile */
     float *scores; /* of that key and the lane's first query */
-    uint64_t policy; /* of its stores */
 };
 
 /* Sums, and stores what is visible. */
@@ -87,16 +86,16 @@ __device__ __forceinline__ void finish_tile(const struct lane_item<S> &item,
             if (masked)
                 sum[0] = sum[1] = __uint_as_float(SCORE_MASKED);
             if (item.key < item.limit[group])
-                store_float<S::KEEP_SCORES>(scores, sum[0], item.policy);
+                scores[0] = sum[0];
             if (item.key + 8 < item.limit[group])
-                store_float<S::KEEP_SCORES>(scores + 8, sum[1], item.policy);
+                scores[8] = sum[1];
         } else {
             float score = share_sum<S>(sum);
             pin(score);
             if (masked)
                 score = __uint_as_float(SCORE_MASKED);
             if (item.key < item.limit[group])
-                store_float<S::KEEP_SCORES>(scores, score, item.policy);
+                *scores = score;
         }
         scores += group_stride;
     }
@@ -139,7 +138,6 @@ __device__ __forceinline__ void load_item(const struct arguments &a,
     item.key = s.items[place].key + in_tile;
     item.scores =
         a.scores + (s.items[place].scores + in_tile + lane / S::LANES * a.scores_stride);
-    item.policy = cache_policy<S::KEEP_SCORES>();
 }
 
 template <class T, class S>

@@ -13,7 +13,10 @@ namespace {
 /* ---- Schedule ------------------------------------------------------------------------------ */
 
 /* Until a producer has found its run nothing is loaded, and every instruction up to there comes
- * from a cold cache. So: no more than one block-wide barrier, 32 lanes at a time, 32 bits. */
+ * from a cold cache. So: one copy of the code for both producers, no block-wide barrier if it can
+ * be avoided, 32 lanes at a time, 32 bits. */
+
+enum { LANE_BATCHES = 8 }; /* batches of a chunk that a lane may sum up by itself */
 
 __device__ __forceinline__ uint32_t places_of_batch(const struct arguments &a, int32_t batch,
                                                     int32_t end) {
@@ -48,7 +51,17 @@ template <class S> __device__ __forceinline__ uint32_t most_places(const struct 
            ((uint32_t)(a.scores_stride / TILE_KEYS) + 1 + S::CHARGE);
 }
 
-/* Sums the places of each chunk, by all warps; not needed for chunks of one batch. */
+/* The places of each chunk, one to a lane. The lengths of a chunk share a sector or two. */
+__device__ __forceinline__ uint32_t places_of_chunk(const struct arguments &a, int32_t size) {
+    int32_t first = a.batch_begin + (threadIdx.x & 31) * size;
+    uint32_t sum = 0;
+#pragma unroll 1
+    for (int32_t i = 0; i < size; i++)
+        sum = add_places(sum, places_of_batch(a, first + i, a.batch_end));
+    return sum;
+}
+
+/* The same for large chunks, by all warps. */
 template <class S>
 __device__ __forceinline__ void sum_chunks(const struct arguments &a, struct shared_memory<S> &s) {
     int32_t size = chunk_size(a), lane = threadIdx.x & 31;
@@ -100,8 +113,7 @@ template <class S>
 __device__ __forceinline__ struct walk find_run(const struct arguments &a,
                                                 const struct shared_memory<S> &s) {
     int32_t size = chunk_size(a), lane = threadIdx.x & 31;
-    uint32_t x = size > 1 ? s.chunks[lane]
-                          : places_of_batch(a, a.batch_begin + lane, a.batch_end);
+    uint32_t x = size > LANE_BATCHES ? s.chunks[lane] : places_of_chunk(a, size);
     uint32_t upto = warp_scan(x), total = __shfl_sync(0xffffffffu, upto, 31);
     if (total > most_places<S>(a))
         total = 0;
@@ -241,16 +253,20 @@ __device__ __forceinline__ void load_dense_keys(const struct arguments &a,
     }
 }
 
-/* PIECES of a tile; a page id and a row for each. One lane issues all boxes of a tile at once. */
+__device__ __forceinline__ int32_t first_piece(const struct arguments &a, const struct walk &w) {
+    return w.begin << (TILE_SHIFT - a.piece_shift);
+}
+
+/* PIECES of a tile; a page id and a row for each. One lane issues all boxes of a tile at once.
+ * `next` is the lane's page of the item's first 32 pieces. */
 template <class S, int PIECES>
 __device__ __forceinline__ void load_paged_keys(const struct arguments &a,
                                                 struct shared_memory<S> &s,
                                                 const CUtensorMap *map, const struct walk &w,
-                                                struct ring &keys) {
+                                                struct ring &keys, int32_t next) {
     constexpr int BOXES = PIECES == 1 ? 1 : S::HALVES; /* of a piece */
     uint64_t policy = cache_policy<S::KEEP_KEYS>();
     struct pages pages;
-    int32_t next = load_page(a, w, w.begin * PIECES); /* for the next 32 pieces */
     int32_t slot = 32;
     for (int32_t tile = w.begin; tile < w.end; tile++) {
         uint32_t full = shared_address(&s.key_full[keys.place]);
@@ -286,10 +302,10 @@ __device__ __forceinline__ void load_paged_keys(const struct arguments &a,
 
 /* Brings queries and keys, item after item. */
 template <class S>
-__device__ void feed_tensors(const struct arguments &a, struct shared_memory<S> &s,
-                             const CUtensorMap *query_map, const CUtensorMap *key_map) {
+__device__ __forceinline__ void feed_tensors(const struct arguments &a, struct shared_memory<S> &s,
+                                             const CUtensorMap *query_map,
+                                             const CUtensorMap *key_map, struct walk &w) {
     struct ring queries = {0, 0}, keys = {0, 0};
-    struct walk w = find_run<S>(a, s);
     bool more;
     do {
         more = walk_next<S>(a, w);
@@ -299,16 +315,17 @@ __device__ void feed_tensors(const struct arguments &a, struct shared_memory<S> 
                 barrier_arrive(shared_address(&s.query_full[queries.place]));
             break;
         }
+        int32_t page = a.p.page_size ? load_page(a, w, first_piece(a, w)) : 0;
         load_query<S>(a, s, query_map, w, queries.place);
         __syncwarp();
         if (!a.p.page_size)
             load_dense_keys<S>(a, s, key_map, w, keys);
         else if (a.piece_shift == 6)
-            load_paged_keys<S, 1>(a, s, key_map, w, keys);
+            load_paged_keys<S, 1>(a, s, key_map, w, keys, page);
         else if (a.piece_shift == 5)
-            load_paged_keys<S, 2>(a, s, key_map, w, keys);
+            load_paged_keys<S, 2>(a, s, key_map, w, keys, page);
         else
-            load_paged_keys<S, 4>(a, s, key_map, w, keys);
+            load_paged_keys<S, 4>(a, s, key_map, w, keys, page);
         ring_step<2, 1>(queries);
     } while (more);
 }
@@ -348,9 +365,9 @@ __device__ __forceinline__ void feed_weights(const struct arguments &a, struct s
 /* Tells the consumers of each item: weights, limits, where its scores go; last, that no more
  * comes (an item without tiles). */
 template <class S>
-__device__ void feed_items(const struct arguments &a, struct shared_memory<S> &s) {
+__device__ __forceinline__ void feed_items(const struct arguments &a, struct shared_memory<S> &s,
+                                           struct walk &w) {
     struct ring queries = {0, 0};
-    struct walk w = find_run<S>(a, s);
     int lane = threadIdx.x & 31;
     bool more;
     do {

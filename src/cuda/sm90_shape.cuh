@@ -18,7 +18,10 @@ enum {
     THREADS = (CONSUMERS + 1) * WARPGROUP,
     MAX_SHARED = 232448, /* what a CTA of an SM90 may have */
     SPARE_SHARED = 8192, /* of it, for all but queries and keys */
+    READ_AHEAD = 98304,  /* bytes of keys asked for ahead in decode: see docs/kernel-sm90.md */
     BARRIER_TURN = 1,    /* named barriers 1 and 2 */
+    BARRIER_FEED = 3,    /* the barriers in shared memory are made */
+    BARRIER_CONSUME = 4,
 };
 
 /* What an instance fixes: heads, head_dim, columns of an item. */
@@ -40,14 +43,14 @@ template <int HEADS_, int DIM_, int COLUMNS_> struct shape {
     /* Without turns a stage must always serve the same consumer, so their number is even: one
      * that was not there when a stage's last phase completed could take that phase's parity
      * for the next one's. */
-    static constexpr int STAGES = ROOM >= 16 ? 16 : TURNS ? ROOM : ROOM / 2 * 2;
+    static constexpr int MOST = TURNS ? 16 : READ_AHEAD / KEY_BYTES;
+    static constexpr int STAGES = ROOM >= MOST ? MOST : TURNS ? ROOM : ROOM / 2 * 2;
     /* Twice the consumers' and once the producers' are 3 x 168, the registers at launch. */
     static constexpr int CONSUMER_REGISTERS = COLUMNS == 256 ? 216 : 208;
     static constexpr int PRODUCER_REGISTERS = COLUMNS == 256 ? 72 : 88;
     /* Decode reads keys once and writes few scores: L2 then has room for all of these until the
      * selection reads them, if keys do not drive them out. Prefill reads its keys again and again. */
     static constexpr enum keep KEEP_KEYS = COLUMNS == 256 ? KEEP_NORMAL : KEEP_SHORT;
-    static constexpr enum keep KEEP_SCORES = COLUMNS == 256 ? KEEP_NORMAL : KEEP_LONG;
     static constexpr int CHARGE = COLUMNS == 256 ? 2 : COLUMNS / 64;
     static constexpr int LANE_COLUMNS = COLUMNS / 4;
     static constexpr int WEIGHT_PITCH = LANE_COLUMNS + 4; /* no bank conflict between lanes */
@@ -81,7 +84,7 @@ template <class S> struct shared_memory {
     uint64_t query_empty[2];
     uint64_t key_full[S::STAGES];
     uint64_t key_empty[S::STAGES];
-    uint32_t chunks[32]; /* places of the batches, in 32 chunks */
+    uint32_t chunks[32]; /* places of the batches, in 32 chunks, if these are large */
 };
 
 /* A ring of places: consumers and producers step through it alike. */
