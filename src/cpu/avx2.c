@@ -240,6 +240,7 @@ INLINE void score_tile(float *score, const void *packed, int n_heads, int head_d
     const float *weights = packed, *masks = weights + groups * LANES;
     const float *query = masks + groups * LANES;
     const int left = run->n_keys - b * KEY_BLOCK, n = left < TILE ? left : TILE;
+    const int whole = n + CHAINS < TILE ? n + CHAINS : TILE; /* panels work on groups of keys */
     struct ahead ahead = ahead_of(run, b, (groups + 1) / 2);
     float wide[TILE * PITCH] __attribute__((aligned(64)));
     float sums[TILE][LANES] __attribute__((aligned(64)));
@@ -247,9 +248,9 @@ INLINE void score_tile(float *score, const void *packed, int n_heads, int head_d
     for (int j = 0; j < n; j += KEY_BLOCK)
         widen_rows(wide + j * PITCH, run->block[b + j / KEY_BLOCK], run->row_stride,
                    n - j < KEY_BLOCK ? n - j : KEY_BLOCK, head_dim, dtype);
-    for (int j = n; j < TILE && j < n + CHAINS; j++) /* panels work on whole groups of keys */
-        memset(wide + j * PITCH, 0, PITCH * sizeof(float));
-    memset(sums, 0, sizeof sums);
+    for (int j = n; j < whole; j++)
+        memset(wide + j * PITCH, 0, sizeof(float) * (size_t)head_dim);
+    memset(sums, 0, sizeof sums[0] * (size_t)whole);
     for (int g = 0; g < groups; g += 2) {
         if (groups - g >= 2)
             panel(sums, query, weights + g * LANES, masks + g * LANES, wide, &ahead, n, head_dim,
