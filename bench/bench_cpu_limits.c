@@ -28,8 +28,8 @@ enum {
     DIM = 128,
     TOP_K = 2048,
     MOST_KEYS = 1 << 19, /* 128 MiB of keys */
-    MOST_TOKENS = 512,
-    BATCHES = 32,
+    MOST_TOKENS = 1024,
+    MOST_BATCHES = 1024,
     ROUNDS = 400
 };
 
@@ -53,7 +53,7 @@ static uint16_t *numbers(size_t n) {
 /* One call: batches that lie one behind the other in the packed layout. */
 struct shape {
     int batches, mode;
-    int32_t query_ends[BATCHES], key_ends[BATCHES];
+    int32_t query_ends[MOST_BATCHES], key_ends[MOST_BATCHES];
     int64_t key_offset; /* first key, in keys */
 };
 
@@ -234,19 +234,19 @@ static void decode(int threads) {
 }
 
 /* Lengths whose logarithm is normal, beside as many equal ones of the same sum. */
-static void ragged(const char *name, int tokens, double mean, int threads) {
+static void ragged(const char *name, int batches, int tokens, double mean, int threads) {
     struct shape s[2];
     int32_t sum = 0;
     for (int i = 0; i < 2; i++)
-        s[i] = (struct shape){.batches = BATCHES, .mode = LIDX_MODE_FULL};
-    for (int b = 0; b < BATCHES; b++) {
+        s[i] = (struct shape){.batches = batches, .mode = LIDX_MODE_FULL};
+    for (int b = 0; b < batches; b++) {
         double length = mean * exp(0.8 * random_normal(&generator) - 0.32);
         sum += length < 64 ? 64 : (int32_t)length;
         s[0].key_ends[b] = sum;
         s[0].query_ends[b] = s[1].query_ends[b] = tokens * (b + 1);
     }
-    for (int b = 0; b < BATCHES; b++)
-        s[1].key_ends[b] = (int32_t)((int64_t)sum * (b + 1) / BATCHES);
+    for (int b = 0; b < batches; b++)
+        s[1].key_ends[b] = (int32_t)((int64_t)sum * (b + 1) / batches);
     struct lidx_context *context = context_of(threads), *both[2] = {context, context};
     double middle[2], best[2];
     take_turns(both, s, 2, middle, best);
@@ -281,7 +281,8 @@ int main(int argc, char **argv) {
     speed_up("64 x 8192", one_batch(64, 8192), threads);
     speed_up("512 x 8192", one_batch(512, 8192), threads);
     speed_up("512 x 8192 causal", causal, threads);
-    ragged("32 x (1 x about 8192)", 1, 8192, threads);
-    ragged("32 x (16 x about 4096)", 16, 4096, threads);
+    ragged("32 x (1 x about 8192)", 32, 1, 8192, threads);
+    ragged("32 x (16 x about 4096)", 32, 16, 4096, threads);
+    ragged("1024 x (1 x about 400)", 1024, 1, 400, threads);
     return EXIT_SUCCESS;
 }

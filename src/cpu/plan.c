@@ -28,9 +28,14 @@ static void measure_block(struct plan_block *b, const struct plan *plan, const s
     b->row = index * plan->rows;
     b->n_rows = (int)smaller(plan->rows, e->n_query - b->row);
     b->n_keys = lidx_visible(plan->p, e, b->row + b->n_rows - 1);
-    int64_t wanted = divide_up(b->n_keys * b->n_rows, plan->piece_work);
-    b->piece_keys = divide_up(divide_up(b->n_keys, larger(wanted, 1)), PLAN_ALIGN) * PLAN_ALIGN;
-    b->n_pieces = b->n_keys ? (int)divide_up(b->n_keys, b->piece_keys) : 1;
+    b->n_pieces = 1;
+    b->piece_keys = b->n_keys;
+    int64_t work = b->n_keys * b->n_rows;
+    if (work > plan->piece_work) {
+        int64_t keys = divide_up(b->n_keys, divide_up(work, plan->piece_work));
+        b->piece_keys = divide_up(keys, PLAN_ALIGN) * PLAN_ALIGN;
+        b->n_pieces = (int)divide_up(b->n_keys, b->piece_keys);
+    }
 }
 
 static int64_t block_slots(const struct plan *plan, const struct plan_block *b) {
@@ -38,7 +43,7 @@ static int64_t block_slots(const struct plan *plan, const struct plan_block *b) 
 }
 
 static int64_t block_count(const struct plan *plan, const struct extent *e) {
-    return divide_up(e->n_query, plan->rows);
+    return e->n_query > plan->rows ? divide_up(e->n_query, plan->rows) : e->n_query > 0;
 }
 
 /* Tokens with at least one key to score, and keys x rows over all batches. */

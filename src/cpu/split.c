@@ -85,18 +85,15 @@ static int take_run(const struct worker *w, const struct plan_block *block, int 
     int64_t most = plan->n_pieces;
     if (plan->n_splits > 1 || block->n_rows > 1)
         most /= 8 * (int64_t)w->run->n_workers;
-    int32_t n;
-    *first = atomic_load_explicit(taken, memory_order_relaxed);
-    do {
-        int32_t left = block->n_pieces - *first;
-        if (left <= 0)
-            return 0;
-        n = left / (2 * sharers);
-        n = n > most ? (int32_t)most : n;
-        n = n > 1 ? n : 1;
-    } while (!atomic_compare_exchange_weak_explicit(taken, first, *first + n, memory_order_relaxed,
-                                                    memory_order_relaxed));
-    return n;
+    int left = block->n_pieces - atomic_load_explicit(taken, memory_order_relaxed);
+    if (left <= 0)
+        return 0;
+    int n = left / (2 * sharers);
+    n = n > most ? (int)most : n;
+    n = n > 1 ? n : 1;
+    *first = atomic_fetch_add_explicit(taken, n, memory_order_relaxed);
+    left = block->n_pieces - *first;
+    return n < left ? n : left > 0 ? left : 0;
 }
 
 /* ---- parts ----------------------------------------------------------------------------------- */
@@ -116,10 +113,6 @@ static int parts_of_row(const struct run *run, const struct plan_block *block) {
     parts = parts < PARTS ? parts : PARTS;
     parts = parts < most ? parts : most;
     return parts > 1 ? parts : 1;
-}
-
-static int count_parts(const struct run *run, const struct plan_block *block) {
-    return block->n_rows * parts_of_row(run, block);
 }
 
 static const struct slot *member_slot(const struct run *run, const struct part *part, int member) {
@@ -236,14 +229,23 @@ static void write_part(struct worker *w, const struct part *part) {
         lidx_write_missing(p, block->batch, row, end);
 }
 
-static void take_parts(struct worker *w, const struct plan_block *block) {
+static void set_parts(const struct worker *w, const struct plan_block *block, int state) {
+    atomic_store_explicit(&split_of(w, block)->state, state, memory_order_release);
+}
+
+/* Takes parts as long as there are any. Returns how many. */
+static int take_parts(struct worker *w, const struct plan_block *block) {
     struct split *split = split_of(w, block);
     int members = atomic_load_explicit(&split->joined, memory_order_relaxed);
-    int parts = parts_of_row(w->run, block), n = count_parts(w->run, block), i;
+    int parts = parts_of_row(w->run, block), n = block->n_rows * parts, i, n_taken = 0;
     while ((i = atomic_fetch_add_explicit(&split->parts, 1, memory_order_relaxed)) < n) {
         const struct part part = {block, members, i / parts, i % parts, parts};
         write_part(w, &part);
+        n_taken++;
     }
+    if (i == n)
+        set_parts(w, block, PARTS_TAKEN);
+    return n_taken;
 }
 
 /* ---- who does what --------------------------------------------------------------------------- */
@@ -271,14 +273,15 @@ void lidx_split_share(struct worker *w, const struct plan_block *block, int shar
     if (n_pieces == 0)
         return;
     if (n_pieces == block->n_pieces) {
-        int n_parts = count_parts(w->run, block);
-        atomic_store_explicit(&split_of(w, block)->parts, n_parts, memory_order_relaxed);
+        set_parts(w, block, PARTS_TAKEN);
         lidx_worker_finish(w, block);
-    } else {
-        store_selections(w, block, n_keys);
+        return;
     }
-    if (are_last(w, block, n_pieces))
+    store_selections(w, block, n_keys);
+    if (are_last(w, block, n_pieces)) {
+        set_parts(w, block, PARTS_OPEN);
         take_parts(w, block);
+    }
 }
 
 /* The next thing to do for a worker that has no block. */
@@ -289,10 +292,8 @@ static enum chance chance_at(const struct worker *w, const struct plan_block *bl
     *pieces = block->n_pieces - atomic_load_explicit(&split->taken, memory_order_relaxed);
     if (*pieces > 0)
         return A_PIECE;
-    if (atomic_load_explicit(&split->done, memory_order_acquire) < block->n_pieces)
-        return TO_COME;
-    int taken = atomic_load_explicit(&split->parts, memory_order_relaxed);
-    return taken < count_parts(w->run, block) ? A_PART : NOTHING;
+    int state = atomic_load_explicit(&split->state, memory_order_acquire);
+    return state == PARTS_TO_COME ? TO_COME : state == PARTS_OPEN ? A_PART : NOTHING;
 }
 
 /* Looks at the cut blocks from *open on, and moves *open past those where nothing is left. Of
@@ -331,14 +332,12 @@ void lidx_split_help(struct worker *w) {
         enum chance chance = look_around(w, &open, &block);
         if (chance == NOTHING)
             return;
-        if (chance == TO_COME) {
+        if (chance == A_PIECE)
+            lidx_split_share(w, block, w->run->n_workers);
+        else if (chance != A_PART || take_parts(w, block) == 0) {
             relax();
             continue;
         }
-        if (chance == A_PIECE)
-            lidx_split_share(w, block, w->run->n_workers);
-        else
-            take_parts(w, block);
         patience = PATIENCE;
     }
 }

@@ -15,15 +15,19 @@
 
 #include "worker.h"
 
-/* What is shared of a cut block; what many write has a cache line of its own. */
+/* The parts of a cut block's answer: not before the last piece is in a slot. */
+enum { PARTS_TO_COME, PARTS_OPEN, PARTS_TAKEN };
+
+/* What is shared of a cut block. What many write or look at has a cache line of its own. */
 struct split {
     /* For each row an entry that k entries reach, or 0. What is below it need not be looked at. It
      * only saves work; the answer is the same without. */
     _Alignas(64) _Atomic uint64_t bound[PLAN_ROWS];
-    _Alignas(64) _Atomic int32_t taken; /* pieces */
+    _Alignas(64) _Atomic int32_t taken; /* pieces; may exceed their number */
     _Alignas(64) _Atomic int32_t done;  /* pieces in slots */
     _Atomic int32_t joined;             /* workers that have left their selections in slots */
-    _Alignas(64) _Atomic int32_t parts; /* taken */
+    _Alignas(64) _Atomic int32_t state; /* PARTS_... */
+    _Alignas(64) _Atomic int32_t parts; /* taken; may exceed their number */
 };
 
 /* Bytes of a slot for k entries. */
