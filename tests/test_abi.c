@@ -124,7 +124,7 @@ int main(void) {
     const struct lidx_args args = LIDX_ARGS_INIT;
     const struct lidx_options options = LIDX_OPTIONS_INIT;
     CHECK_INT(args.size, sizeof args, "LIDX_ARGS_INIT");
-    CHECK(!args.query && !args.sparse_values && !args.error_word && !args.workspace, "%s",
+    CHECK(!args.query && !args.sparse_values && !args.error_word && !args.workspace,
           "LIDX_ARGS_INIT leaves pointers empty");
     CHECK_INT(args.layout_query, LIDX_BSND, "LIDX_ARGS_INIT");
     CHECK_INT(args.sparse_count, 2048, "LIDX_ARGS_INIT");

@@ -151,11 +151,11 @@ static void check_names(void) {
         CHECK_STRING(lidx_status_name(i), name[i], "status name");
     CHECK(lidx_status_name(-1) && lidx_status_name(12) && lidx_status_name(INT32_MAX) &&
               lidx_status_name(INT32_MIN),
-          "%s", "names of numbers that are no status");
+          "names of numbers that are no status");
     snprintf(version, sizeof version, "%d.%d.%d", LIDX_VERSION_MAJOR, LIDX_VERSION_MINOR,
              LIDX_VERSION_PATCH);
     CHECK_STRING(lidx_version(), version, "version");
-    CHECK(lidx_cpu_features() != NULL, "%s", "features");
+    CHECK(lidx_cpu_features() != NULL, "features");
 }
 
 static void *fail_elsewhere(void *sentence) {
@@ -179,7 +179,7 @@ static void check_error_is_per_thread(void) {
 }
 
 int main(void) {
-    CHECK(lidx_last_error() != NULL, "%s", "a sentence before any error");
+    CHECK(lidx_last_error() != NULL, "a sentence before any error");
     if (!CHECK(lidx_create(&context, NULL) == LIDX_OK, "%s", lidx_last_error()))
         return test_end();
     check_struct_size();
