@@ -149,16 +149,17 @@ static int check_strides(struct operand *o, int packed, int is_output) {
     }
     int64_t stride = inner;
     if (t->strides && o->n_elements && t->shape[0] > 1) {
-        int64_t limit = INT64_MAX / 16 / t->shape[0];
+        int64_t least = is_output ? inner : 0, most = INT64_MAX / 16 / t->shape[0];
         stride = t->strides[0];
         if (packed && stride != inner)
             return lidx_fail(LIDX_ERR_STRIDE,
                              "%s has stride %lld in dimension 0; it should be %lld (contiguous)",
                              o->name, (long long)stride, (long long)inner);
-        if (stride < (is_output ? inner : 0) || stride > limit)
+        if (stride < least || stride > most)
             return lidx_fail(LIDX_ERR_STRIDE,
-                             "%s has stride %lld in dimension 0; it should be at least %lld",
-                             o->name, (long long)stride, (long long)(is_output ? inner : 0));
+                             "%s has stride %lld in dimension 0; it should be at %s %lld", o->name,
+                             (long long)stride, stride < least ? "least" : "most",
+                             (long long)(stride < least ? least : most));
     }
     o->batch_stride = packed ? 0 : stride * element_bytes(o);
     return LIDX_OK;
