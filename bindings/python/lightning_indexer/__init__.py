@@ -25,13 +25,15 @@ from ._library import with_defaults as _with_defaults
 __version__ = version()
 __all__ = ["cpu_features", "kernels", "lightning_indexer", "version"]
 
-_TorchTensor = ()  # torch.Tensor, once the operators are registered
+# torch.Tensor and torch.compiler.is_dynamo_compiling, once the operators are registered.
+_TorchTensor = ()
+_is_dynamo_compiling = None
 _torch_error = None
 
 
 def _register():
     """Registers with torch if there is one; what went wrong is kept and told at a call too."""
-    global _torch, _torch_error, _TorchTensor
+    global _torch, _torch_error, _TorchTensor, _is_dynamo_compiling
     if _os.environ.get("LIDX_TORCH", "1") == "0":
         _torch_error = "LIDX_TORCH is 0"
         return
@@ -44,6 +46,7 @@ def _register():
         from . import _torch
 
         _torch.register()
+        _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
         _TorchTensor = torch.Tensor
     except (RuntimeError, OSError, AttributeError) as error:
         _torch_error = str(error)
@@ -86,8 +89,9 @@ def lightning_indexer(
     ----------
     query, key, weights
         torch tensors on the CPU or a CUDA device, NumPy arrays (bfloat16 through ml_dtypes), CuPy
-        arrays, JAX arrays on the CPU, or anything else in CPU memory with `__dlpack__`. All of
-        one kind and on one device. All dimensions but the first are contiguous.
+        arrays on CuPy's current device, JAX arrays on the CPU, or anything else in CPU memory with
+        `__dlpack__`. All of one kind and on one device. All dimensions but the first are
+        contiguous.
     actual_seq_lengths_query, actual_seq_lengths_key : int32 [B], optional
         The real lengths. Layout TND: required, prefix sums without the leading 0. Layout BSND:
         one length a batch; None means S1 / S2. Layout PA_BSND: the key's list is required and is
@@ -123,9 +127,24 @@ def lightning_indexer(
     Threads: any may call; each has a context of its own, up to 4 MiB for each CPU thread that
     works for it. For torch tensors that is `torch.get_num_threads()`, else OpenMP's default.
     """
+    if (
+        type(query) is _TorchTensor
+        and actual_seq_lengths_query is None
+        and actual_seq_lengths_key is None
+        and block_table is None
+        and layout_query is None
+        and layout_key is None
+        and sparse_mode is None
+        and not return_values
+        and not _is_dynamo_compiling()
+    ):
+        if sparse_count is None:
+            return _torch.dense(query, key, weights)
+        return _torch.dense(query, key, weights, sparse_count)
+
     is_torch = isinstance(query, _TorchTensor)
     if is_torch and not return_values:
-        return _torch.page(
+        return _torch.overload(
             query,
             key,
             weights,

@@ -45,7 +45,7 @@ def plot(options):
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        sys.exit("plot needs matplotlib: pip install lightning_indexer[plot]")
+        sys.exit("plot needs matplotlib: pip install matplotlib")
     from . import plot as drawing
 
     for path in drawing.draw(options.out, options.keys, options.count, options.seed):

@@ -24,7 +24,9 @@ NAMESPACE = "lightning_indexer"
 OWNERS_OF_NPU = ("torch_npu", "sgl_kernel_npu")
 MAX_SPARSE_COUNT = 8192
 
-page = None  # torch.ops.lightning_indexer.lightning_indexer.default, once it is registered
+# Once they are registered: torch.ops.lightning_indexer.lightning_indexer.default, and the function in
+# torch's C++ that stands behind ._dense.default, which torch.compile cannot trace.
+overload = dense = None
 _libraries = []  # a registration made in Python lives as long as its library
 state = {}  # "npu::lightning_indexer" -> what was done about it, for `info`
 
@@ -126,7 +128,7 @@ def _fake_indices(
     return query.new_empty((*query.shape[:-2], 1, sparse_count), dtype=torch.int32)
 
 
-def _fake_page(
+def _fake_op(
     query,
     key,
     weights,
@@ -164,13 +166,21 @@ def _fake_npu(
     return indices, query.new_empty(indices.shape if return_value else (0,))
 
 
-_FAKES = {"lightning_indexer": _fake_page, "npu_lightning_indexer": _fake_npu}
+def _fake_dense(query, key, weights, sparse_count=2048):
+    return _fake_indices(query, key, weights, None, None, None, "BSND", sparse_count)
+
+
+_FAKES = {
+    "lightning_indexer": _fake_op,
+    "npu_lightning_indexer": _fake_npu,
+    "_dense": _fake_dense,
+}
 
 
 def _define(op, namespace, name, owns_namespace):
     _check(op.lidx_torch_define(namespace.encode(), name.encode(), owns_namespace))
     torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
-    if name == "lightning_indexer":
+    if name != "npu_lightning_indexer":
         # Integers have no gradient, so there is nothing for autograd to look at.
         library = torch.library.Library(namespace, "IMPL")
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
@@ -201,7 +211,7 @@ def _register_all():
     op = _load_op()
     has_cuda = torch.version.cuda is not None
     _check(op.lidx_torch_load(b"libtorch_cpu.so", b"libtorch_cuda.so" if has_cuda else None))
-    for position, name in enumerate(OPS):
+    for position, name in enumerate((*OPS, "_dense")):
         _define(op, NAMESPACE, name, position == 0)
     for name in OPS:
         state[f"npu::{name}"] = _alias(op, name)
@@ -209,10 +219,11 @@ def _register_all():
 
 def register():
     """Registers all; once a process."""
-    global page
+    global overload, dense
     if not _schema_text(f"{NAMESPACE}::{OPS[0]}"):
         _register_all()
-    page = torch.ops.lightning_indexer.lightning_indexer.default
+    overload = torch.ops.lightning_indexer.lightning_indexer.default
+    dense = torch.ops.lightning_indexer._dense.default._op
 
 
 def with_values(query, key, weights, lists, options):
