@@ -24,6 +24,7 @@ COLOURS = {"lightning_indexer": INK, "oneDNN": "#2a7f9e", "libxsmm": "#7fb3a8",
            "torch eager": "#d97a3c", "torch.compile": "#e9b872"}
 TITLES = {
     "h100": "NVIDIA H100, bf16, 64 heads x 128, top 2048, causal prefill",
+    "h200": "NVIDIA H200, bf16, 64 heads x 128, top 2048, causal prefill",
     "xeon-emerald-rapids": "Xeon with AMX, 16 threads, bf16, 64 heads x 128, top 2048",
     "xeon-emerald-rapids-rivals": "Xeon with AMX, bf16, 64 heads x 128, top 2048 in order",
     "zen4": "Zen 4 (AVX-512 BF16), bf16, 64 heads x 128, top 2048",
