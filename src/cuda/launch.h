@@ -66,7 +66,8 @@ int lidx_launch_count(const struct slab *s, void *stream);
 int lidx_prepare_topk(const struct slab *s, void *stream);
 
 /* Orders and writes every output row of the slab: indices, and values if asked for. On SM90 and
- * later it may start before the kernel ahead of it in the stream has ended, and waits for it. */
+ * later it may start before the kernel ahead of it in the stream has ended; it reads lengths, then
+ * waits. So that one, the score kernel, must itself begin only when all ahead of it has ended. */
 int lidx_launch_topk(const struct slab *s, void *stream);
 
 /* Bytes of scratch the selection needs for slabs of up to `rows` rows of up to `max_key` keys. */

@@ -79,15 +79,14 @@ template <class Z> static __device__ __forceinline__ void clear_row(struct share
     }
 }
 
-/* Finds the row when there are scores. Nothing in global memory is read before the wait: the kernel
- * may have been started before those ahead of it have ended. */
+/* Finds the row, and waits for its scores: the kernel may have been started while the score kernel
+ * still runs. Lengths can be read before, since that one was not started until all ahead of it had
+ * ended. (Where there are no keys, and so no score kernel, lengths decide nothing.) */
 template <class Z>
 static __device__ __forceinline__ void await_row(struct shared<Z> *s, const struct slab *slab,
                                                  int64_t number) {
-    if (threadIdx.x == 0) {
-        wait_for_scores();
+    if (threadIdx.x == 0)
         s->row = find_row(slab, number);
-    }
     wait_for_scores();
     __syncthreads();
 }
