@@ -66,7 +66,8 @@ static uint32_t to_bits(float x) {
 static const char *const data_names[] = {
     "normal", "x1e-8",   "heavy",    "+100",   "relu84",  "relu99",    "equal",
     "rising", "falling", "late",     "levels", "ulps",    "outliers",  "nan",
-    "masked", "mixed",   "negative", "zeros",  "periodic", "spikes",   "anybits"};
+    "masked", "mixed",   "negative", "zeros",  "periodic", "spikes",   "anybits",
+    "steps",  "tight"};
 enum { DATA_KINDS = sizeof data_names / sizeof *data_names };
 
 /* Score of key j among n. */
@@ -102,6 +103,8 @@ static float datum(int kind, uint64_t seed, int64_t j, int64_t n) {
     case 18: return j * (n / 512 + 1) % n < n / 32 ? 5 + x : x;
     case 19: return hash32(seed * 13 + j) % 3 ? 1.0f : 1 + 1e-3f * x;
     case 20: return from_bits(hash32(seed * 7 + j));
+    case 21: return x > 1 ? rintf(16 * x) / 16 : x;
+    case 22: return j >= n - 3000 ? 1 + 0.01f * uniform(2 * (seed + j)) : -1 - fabsf(x);
     default: return x;
     }
 }
@@ -412,9 +415,17 @@ static void check_small(int32_t n_sm) {
         c.top_k = 4096;
         run_case(c, 1);
     }
-    /* A cluster one block of which has all candidates, more than it can deal. */
+    /* A cluster one block of which has all candidates, more than the first digit may leave. */
     struct test_case rising = {7, {}, {}, 1, 1, 65500, 0, 3, 2048, DTYPE_F32, 4096, 0, 0};
     run_case(rising, 4);
+    /* Clusters that hold 8 scores a thread, or 16: candidates that share buckets, crowd them, all
+     * belong to one block, or come from one block and are more than fit an inbox. */
+    for (int kind : {0, 6, 11, 21, 22})
+        for (int n_key : {20000, 70000}) {
+            struct test_case few = {kind, {}, {3000, n_key}, 2, 1, n_key, 0, 0, 2048, DTYPE_F32,
+                                    4096, 0, 0};
+            run_case(few, 2);
+        }
     struct test_case crowd = {0, {}, {}, 1, 140, 9000, 0, 3, 64, DTYPE_F32, n_sm, 0, 0};
     run_case(crowd, 1);
 }

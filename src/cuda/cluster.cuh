@@ -35,15 +35,6 @@ static __device__ __forceinline__ uint32_t remote(const void *here, uint32_t ran
     return there;
 }
 
-static __device__ __forceinline__ uint4 remote_load4(uint32_t address) {
-    uint4 x;
-    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(address)
-                 : "memory");
-    return x;
-}
-
 static __device__ __forceinline__ void remote_store(uint32_t address, uint64_t x) {
     asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(x) : "memory");
 }

@@ -266,7 +266,7 @@ static uint32_t slab_blocks(const struct slab *s) {
 
 /* Whether a cluster takes each row: it must hold the longest, and all must find room at once. More
  * than half of the device is not to be had in clusters. From 12.0 on a block has 99 KiB of shared
- * memory, half of what it would need. */
+ * memory, less than it would need. */
 static bool by_cluster(const struct slab *s) {
     int64_t rows = s->row_end - s->row_begin, keys = slab_keys(s);
     return s->compute >= 90 && s->compute < 120 && keys > SHORT && keys <= CLUSTER_KEYS &&
@@ -285,6 +285,14 @@ static cudaError_t start_blocks(struct launch *l, int64_t blocks, cudaStream_t s
     return start<Z, KERNEL>(l, blocks, sizeof(struct shared<Z>), 1, stream);
 }
 
+/* GROUPS: of four scores that a thread must hold. */
+template <int GROUPS>
+static cudaError_t start_clusters(struct launch *l, int64_t rows, cudaStream_t stream) {
+    typedef alone_sizes Z;
+    return start<Z, cluster_kernel<Z, GROUPS>>(l, rows * CLUSTER, sizeof(struct cluster_shared<Z>),
+                                               CLUSTER, stream);
+}
+
 int lidx_launch_topk(const struct slab *s, void *stream) {
     typedef alone_sizes alone;
     cudaStream_t on = (cudaStream_t)stream;
@@ -300,9 +308,8 @@ int lidx_launch_topk(const struct slab *s, void *stream) {
     if (s->p.top_k > SMALL_K)
         return start_blocks<large_sizes, row_kernel<large_sizes, 1>>(&l, rows, on);
     if (by_cluster(s))
-        return start<alone, cluster_kernel<alone>>(&l, rows * CLUSTER,
-                                                   sizeof(struct cluster_shared<alone>), CLUSTER,
-                                                   on);
+        return slab_keys(s) * 2 <= CLUSTER_KEYS ? start_clusters<CLUSTER_GROUPS / 2>(&l, rows, on)
+                                                : start_clusters<CLUSTER_GROUPS>(&l, rows, on);
     if (l.blocks > 1) {
         cudaError_t e = s->prepared ? cudaSuccess : (cudaError_t)lidx_prepare_topk(s, stream);
         if (e != cudaSuccess)

@@ -333,7 +333,6 @@ static inline uint32_t remote(const void *here, uint32_t rank) {
 template <class T> static inline T *emulated_there(uint32_t address) {
     return (T *)((char *)emulated_memories[address >> 20].words + (address & 0xFFFFF));
 }
-static inline uint4 remote_load4(uint32_t address) { return *emulated_there<uint4>(address); }
 static inline void remote_store(uint32_t address, uint64_t x) {
     *emulated_there<uint64_t>(address) = x;
 }
