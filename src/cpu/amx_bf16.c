@@ -34,27 +34,27 @@ TARGET void lidx_amx_pack_bf16(void *packed, const struct query_row *row) {
 
 TARGET void lidx_amx_score_bf16(float *score, const void *packed, int n_heads, int head_dim,
                                 const struct key_run *run) {
-    _Alignas(64) float ring[2 * LANES * LANES];
+    _Alignas(64) float ring[RING * LANES * LANES];
     _Alignas(64) unsigned char scratch[KEY_BLOCK * MAX_HEAD_DIM * 2];
     struct pass p = pass_of(score, packed, n_heads, head_dim, DTYPE_BF16, run);
     p.ring = ring;
     p.scratch = scratch;
-    memset(ring, 0, TILE_BYTES);
+    memset(ring, 0, sizeof ring);
     copy_tail(scratch, run, (size_t)head_dim * 2);
     load_first_keys(&p, head_dim / STEP_DIMS);
     if (head_dim == 64 && p.n_tiles == 4)
-        run_slots_of_4(&p, 2, 0);
+        run_slots_of_4(&p, 1, 2, 0);
     else if (head_dim == 64)
         run_slots(&p, 2, 0);
     else if (p.n_tiles == 4)
-        run_slots_of_4(&p, 4, 0);
+        run_slots_of_4(&p, 1, 4, 0);
     else
         run_slots(&p, 4, 0);
 }
 
 TARGET void lidx_amx_score_two_bf16(float *const score[2], const void *const packed[2], int n_heads,
                                     int head_dim, const struct key_run *run) {
-    _Alignas(64) float ring[2 * LANES * LANES];
+    _Alignas(64) float ring[RING * LANES * LANES];
     _Alignas(64) unsigned char scratch[KEY_BLOCK * MAX_HEAD_DIM * 2];
     if (head_tiles(n_heads) != 4 || head_dim != 128) {
         lidx_amx_score_bf16(score[0], packed[0], n_heads, head_dim, run);
@@ -65,10 +65,10 @@ TARGET void lidx_amx_score_two_bf16(float *const score[2], const void *const pac
     p.token[1] = token_of(score[1], packed[1], n_heads, head_dim, DTYPE_BF16);
     p.ring = ring;
     p.scratch = scratch;
-    memset(ring, 0, TILE_BYTES);
+    memset(ring, 0, sizeof ring);
     copy_tail(scratch, run, (size_t)head_dim * 2);
     load_first_keys(&p, 4);
-    run_slots_of_4_twice(&p, 4);
+    run_slots_of_4(&p, 2, 4, 0);
 }
 
 #endif

@@ -48,7 +48,7 @@ TARGET void lidx_amx_pack_fp16(void *packed, const struct query_row *row) {
 
 TARGET void lidx_amx_score_fp16(float *score, const void *packed, int n_heads, int head_dim,
                                 const struct key_run *run) {
-    _Alignas(64) float ring[2 * LANES * LANES];
+    _Alignas(64) float ring[RING * LANES * LANES];
     _Alignas(64) unsigned char scratch[2 * SPLIT_BYTES];
     struct pass p = pass_of(score, packed, n_heads, head_dim, DTYPE_FP16, run);
     p.ring = ring;
@@ -58,14 +58,14 @@ TARGET void lidx_amx_score_fp16(float *score, const void *packed, int n_heads, i
             score[j] = score_special(&p, key_at(run, j));
         return;
     }
-    memset(ring, 0, TILE_BYTES);
+    memset(ring, 0, sizeof ring);
     for (int r = 0; r < KEY_BLOCK; r++)
         split_row(&p, 0, r, head_dim / STEP_DIMS);
     publish(scratch);
     if (head_dim == 64)
         run_slots(&p, 2, 1);
     else if (p.n_tiles == 4)
-        run_slots_of_4(&p, 4, 1);
+        run_slots_of_4(&p, 1, 4, 1);
     else
         run_slots(&p, 4, 1);
 }

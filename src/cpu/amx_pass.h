@@ -10,7 +10,8 @@
 #include "amx_tiles.h"
 
 enum {
-    FLAG_RING = 4, /* key blocks from the split of keys to their score, a power of 2 */
+    RING = 4,      /* tiles of sums between store and vector work */
+    FLAG_RING = 8, /* key blocks from the split of keys to their score, a power of 2 */
 };
 
 struct place {
@@ -35,7 +36,7 @@ struct pass {
     struct token token[2];
     const struct key_run *run;
     unsigned char *scratch;    /* bf16: a tail of less than 16 keys; fp16: the parts of 16 keys */
-    float *ring;               /* two tiles of sums */
+    float *ring;               /* RING tiles of sums */
     unsigned flags[FLAG_RING]; /* fp16: keys that are not finite, of the last key blocks */
     int head_dim;
     int n_tiles;
@@ -92,15 +93,12 @@ static inline struct pass pass_of(float *score, const void *packed, int n_heads,
     return p;
 }
 
-/* Loads the first block's keys, a tail copied before. */
+/* Loads the keys of the first block that are not loaded in its first slot. */
 INLINE void load_first_keys(const struct pass *p, int steps) {
     const struct keys first = keys_of(p, 0);
     load_keys(0, first.row, first.stride);
-    load_keys(1, first.row + 64, first.stride);
-    if (steps == 4) {
-        load_keys(2, first.row + 128, first.stride);
-        load_keys(3, first.row + 192, first.stride);
-    }
+    if (steps == 4)
+        load_keys(1, first.row + 64, first.stride);
 }
 
 #endif

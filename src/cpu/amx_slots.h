@@ -3,12 +3,14 @@
  * The pipeline. A slot is one head tile of one key block: 16 keys x 16 heads of dot products in one
  * accumulator tile.
  *
- * A tile reaches the vector registers only through memory, so three slots are under way at once:
- * slot s is multiplied, slot s-1 is stored to a ring of two tiles, and slot s-2 is read back, sent
+ * A tile reaches the vector registers only through memory, so four slots are under way at once:
+ * slot s is multiplied, slot s-1 is stored to a ring of four tiles, and slot s-3 is read back, sent
  * through ReLU, weighted and added to 16 running sums (zmm, one per key). Stored a slot late, a
- * tile never waits for its product. The vector work is dealt out between the tile instructions:
- * back to back these run slower on a core whose tile unit has another user. After the last head
- * tile of a block a transposing tree turns the 16 sums into 16 scores.
+ * tile never waits for its product; read two slots later, it has left the core's buffers. The rows
+ * of a block's last head tile complete the sums of its keys, and a tree that turns 16 sums into 16
+ * scores grows as they come. All this is dealt out between the tile instructions: loads and vector
+ * work in bursts leave the tile unit waiting, and back to back its instructions run slower on a
+ * core whose tile unit has another user.
  */
 #ifndef LIDX_AMX_SLOTS_H
 #define LIDX_AMX_SLOTS_H
@@ -18,26 +20,26 @@
 enum {
     NEAR_BLOCKS = 1, /* how far ahead of the block in work lines are fetched into L1 ... */
     FAR_BLOCKS = 24, /* ... and into L2 */
+    LAG = 3,         /* slots from the product to the vector work */
 };
 
 /* ---- vector work ----------------------------------------------------------------------------- */
 
-/* One key's 16 heads into its running sum. max with the dot product second keeps a NaN; the mask
- * keeps out what inf * 0 makes of heads that are not there. The FMA is written out because gcc
- * would move all of them behind the last tile instruction, and spill. */
-INLINE void reduce_row(__m512 *sum, const float *tile, int row, __m512 weight, __mmask16 heads) {
+/* One key's 16 heads into its running sum, `begin` where they are its first. max with the dot
+ * product second keeps a NaN; the mask keeps out what inf * 0 makes of heads that are not there.
+ * The FMA is written out because gcc would move all of them behind the last tile instruction, and
+ * spill. */
+INLINE void reduce_row(__m512 *sum, const float *tile, int row, __m512 weight, __mmask16 heads,
+                       int begin) {
     __m512 dot = _mm512_load_ps(tile + row * LANES);
     __m512 relu = _mm512_maskz_max_ps(heads, _mm512_setzero_ps(), dot);
-    __asm__ volatile("vfmadd231ps %1, %2, %0" : "+v"(sum[row]) : "v"(relu), "v"(weight));
-}
-
-INLINE void reduce_rows(__m512 *sum, const float *tile, int row, int count, __m512 weight,
-                        __mmask16 heads) {
-    reduce_row(sum, tile, row, weight, heads);
-    reduce_row(sum, tile, row + 1, weight, heads);
-    if (count == 4) {
-        reduce_row(sum, tile, row + 2, weight, heads);
-        reduce_row(sum, tile, row + 3, weight, heads);
+    if (begin) {
+        __asm__ volatile("vfmadd213ps %2, %1, %0"
+                         : "+v"(relu)
+                         : "v"(weight), "v"(_mm512_setzero_ps()));
+        sum[row] = relu;
+    } else {
+        __asm__ volatile("vfmadd231ps %1, %2, %0" : "+v"(sum[row]) : "v"(relu), "v"(weight));
     }
 }
 
@@ -53,19 +55,47 @@ INLINE __m512 fold_pairs(__m512 a, __m512 b) {
                          _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
 }
 
-INLINE __m512 fold_four(__m512 a, __m512 b, __m512 c, __m512 d) {
-    return fold_pairs(fold_lanes(a, b), fold_lanes(c, d));
+INLINE __m512 fold_fours(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
 }
 
-/* Lane j of the result is the sum of the lanes of s[j]. */
-INLINE __m512 sum_lanes(const __m512 *s) {
-    __m512 a = fold_four(s[0], s[1], s[2], s[3]);
-    __m512 b = fold_four(s[4], s[5], s[6], s[7]);
-    __m512 c = fold_four(s[8], s[9], s[10], s[11]);
-    __m512 d = fold_four(s[12], s[13], s[14], s[15]);
-    __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
-    __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xEE));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
+INLINE __m512 fold_eights(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+}
+
+/* Pins a value to its place among the tile instructions. */
+INLINE void pin(__m512 *x) {
+    __asm__ volatile("" : "+v"(*x));
+}
+
+/* Once the sums of keys 0..row are complete: what of the tree that adds their lanes can be done by
+ * now. After row 15, lane j of sum[0] is the sum of the lanes of key j. */
+INLINE void fold_row(__m512 *sum, int row) {
+    if (row % 2 == 1) {
+        sum[row - 1] = fold_lanes(sum[row - 1], sum[row]);
+        pin(&sum[row - 1]);
+    }
+    if (row % 4 == 3) {
+        sum[row - 3] = fold_pairs(sum[row - 3], sum[row - 1]);
+        pin(&sum[row - 3]);
+    }
+    if (row % 8 == 7) {
+        sum[row - 7] = fold_fours(sum[row - 7], sum[row - 3]);
+        pin(&sum[row - 7]);
+    }
+    if (row == 15)
+        sum[0] = fold_eights(sum[0], sum[8]);
+}
+
+INLINE void fold_rows(__m512 *sum) {
+    fold_row(sum, 1);
+    fold_row(sum, 3);
+    fold_row(sum, 5);
+    fold_row(sum, 7);
+    fold_row(sum, 9);
+    fold_row(sum, 11);
+    fold_row(sum, 13);
+    fold_row(sum, 15);
 }
 
 INLINE void clear_sums(__m512 *s) {
@@ -73,81 +103,105 @@ INLINE void clear_sums(__m512 *s) {
     s[8] = s[9] = s[10] = s[11] = s[12] = s[13] = s[14] = s[15] = _mm512_setzero_ps();
 }
 
-/* After the last head tile of a block. Blocks below 0 are what the pipeline holds as it fills. */
-INLINE void finish_block(struct pass *p, __m512 *sum, struct place back, int fp16) {
+/* The scores of a block, folded. Blocks below 0 are what the pipeline holds as it fills. */
+INLINE void finish_block(struct pass *p, __m512 scores, struct place back, int fp16) {
     const int block = back.block;
     if (block >= 0) {
         __mmask16 keys = block == p->n_blocks - 1 ? p->keys : 0xFFFF;
-        _mm512_mask_store_ps(p->token[back.token].score + block * KEY_BLOCK, keys, sum_lanes(sum));
+        _mm512_mask_store_ps(p->token[back.token].score + block * KEY_BLOCK, keys, scores);
         if (fp16 && p->flags[block % FLAG_RING])
             score_flagged(p, block, p->flags[block % FLAG_RING]);
     }
-    clear_sums(sum);
 }
 
 /* ---- slots ----------------------------------------------------------------------------------- */
 
-/* The lines of a block are fetched four rows at a time, dealt out to the slots of the block. */
+/* The lines of a block are dealt out to the slots of the block before, and are there when that
+ * block's last slot begins to load its keys. */
 struct fetch {
     const unsigned char *near, *far; /* first row of this slot; far may be NULL */
     int64_t stride;
-    int groups;
+    int rows;
 };
 
-INLINE int groups_of(int n_tiles) {
-    return n_tiles >= 4 ? 1 : n_tiles == 1 ? 4 : 2;
+/* Rows of a block for each slot: 2, 4, 8 or 16. */
+INLINE int rows_of_slot(const struct pass *p) {
+    int slots = p->n_tiles * p->n_tokens;
+    return slots >= 8 ? 2 : slots >= 4 ? 4 : slots == 1 ? 16 : 8;
 }
 
 INLINE struct fetch fetch_plan(const struct pass *p, struct place front, int fp16) {
-    int per_slot = groups_of(p->n_tiles);
-    int first = front.tile * per_slot;
-    int near = front.block + NEAR_BLOCKS + fp16, far = front.block + FAR_BLOCKS;
+    const int rows = rows_of_slot(p), slots = p->n_tiles * p->n_tokens;
+    int s = front.token * p->n_tiles + front.tile + 1, next = s == slots;
+    int row = next ? 0 : s * rows;
+    int near = front.block + next + NEAR_BLOCKS + fp16, far = front.block + next + FAR_BLOCKS;
     if (near >= p->n_listed)
         near = 0; /* where the next query token's call begins */
-    struct fetch f = {NULL, NULL, p->run->row_stride, per_slot};
-    if (first >= 4 || front.token > 0)
+    struct fetch f = {NULL, NULL, p->run->row_stride, rows};
+    if (row >= KEY_BLOCK)
         return f;
-    f.near = (const unsigned char *)p->run->block[near] + first * 4 * f.stride;
+    f.near = (const unsigned char *)p->run->block[near] + row * f.stride;
     if (p->run->n_ahead && far < p->n_listed)
-        f.far = (const unsigned char *)p->run->block[far] + first * 4 * f.stride;
+        f.far = (const unsigned char *)p->run->block[far] + row * f.stride;
     return f;
 }
 
 INLINE void fetch_lines(const struct fetch *f, int step) {
     if (!f->near)
         return;
-    for (int i = 0; i < f->groups * 4; i += 4) {
-        const unsigned char *line = f->near + i * f->stride + step * 64;
+    const unsigned char *line = f->near + step * 64;
+    for (int i = 0; i < f->rows; i += 2, line += 2 * f->stride) {
         _mm_prefetch((const char *)line, _MM_HINT_T0);
         _mm_prefetch((const char *)(line + f->stride), _MM_HINT_T0);
-        _mm_prefetch((const char *)(line + 2 * f->stride), _MM_HINT_T0);
-        _mm_prefetch((const char *)(line + 3 * f->stride), _MM_HINT_T0);
     }
     if (!f->far)
         return;
-    for (int i = 0; i < f->groups * 4; i += 4) {
-        const unsigned char *line = f->far + i * f->stride + step * 64;
+    line = f->far + step * 64;
+    for (int i = 0; i < f->rows; i += 2, line += 2 * f->stride) {
         _mm_prefetch((const char *)line, _MM_HINT_T1);
         _mm_prefetch((const char *)(line + f->stride), _MM_HINT_T1);
-        _mm_prefetch((const char *)(line + 2 * f->stride), _MM_HINT_T1);
-        _mm_prefetch((const char *)(line + 3 * f->stride), _MM_HINT_T1);
     }
 }
 
-/* One step of slot s: 4 or 8 rows of slot s-2 around one product (fp16: four) of slot s. */
+/* One step of slot s: 4 or 8 rows of slot s - LAG around one product (fp16: four) of slot s. */
 struct step {
     const unsigned char *query; /* tiles of the slot */
-    const float *tile;          /* of slot s-2 */
+    const float *tile;          /* of slot s - LAG */
+    float *store;               /* where that of slot s - 1 goes */
     __m512 weight;
     __mmask16 heads;
-    int reload; /* take the next block's keys once this block is done with the register */
-    struct keys next;
+    int begin, fold; /* these are the first rows of their keys, the last */
+    int first, last; /* slot of a block */
+    struct keys keys, next;
     struct fetch fetch;
     const unsigned char *parts; /* fp16: of the block's keys */
     int block;
     int split_row;  /* fp16: where this slot's share of the next block begins, */
     int split_rows; /* rows in each step, or 0 */
 };
+
+INLINE void reduce_rows(__m512 *sum, const struct step *t, int row, int count) {
+    reduce_row(sum, t->tile, row, t->weight, t->heads, t->begin);
+    reduce_row(sum, t->tile, row + 1, t->weight, t->heads, t->begin);
+    if (t->fold)
+        fold_row(sum, row + 1);
+    if (count == 4) {
+        reduce_row(sum, t->tile, row + 2, t->weight, t->heads, t->begin);
+        reduce_row(sum, t->tile, row + 3, t->weight, t->heads, t->begin);
+        if (t->fold)
+            fold_row(sum, row + 3);
+    }
+}
+
+/* The keys of a block replace those of the one before as these have been used for the last time:
+ * one tile in two steps of the last slot of the one and of the first slot of the other. */
+INLINE void replace_keys(const struct step *t, int step, int steps) {
+    const int now = steps / 2 + step / 2, next = step / 2;
+    if (step % 2 == 0 && t->first)
+        load_keys(now, t->keys.row + now * 64, t->keys.stride);
+    if (step % 2 == 0 && t->last)
+        load_keys(next, t->next.row + next * 64, t->next.stride);
+}
 
 INLINE void run_step(struct pass *p, __m512 *sum, const struct step *t, int c, int step, int steps,
                      int fp16) {
@@ -161,16 +215,16 @@ INLINE void run_step(struct pass *p, __m512 *sum, const struct step *t, int c, i
     } else {
         load_query(step % 2, t->query + step * TILE_BYTES);
     }
-    reduce_rows(sum, t->tile, step * 2 * rows, rows, t->weight, t->heads);
+    reduce_rows(sum, t, step * 2 * rows, rows);
     if (fp16)
         multiply_parts(c, step, 0);
     else
         multiply(c, step);
     if (step == 0)
-        store_sums(!c, p->ring + !c * LANES * LANES);
-    reduce_rows(sum, t->tile, step * 2 * rows + rows, rows, t->weight, t->heads);
-    if (t->reload)
-        load_keys(step, t->next.row + step * 64, t->next.stride);
+        store_sums(!c, t->store);
+    reduce_rows(sum, t, step * 2 * rows + rows, rows);
+    if (!fp16)
+        replace_keys(t, step, steps);
     fetch_lines(&t->fetch, step);
     if (fp16) {
         for (int i = 0; i < t->split_rows; i++)
@@ -180,39 +234,47 @@ INLINE void run_step(struct pass *p, __m512 *sum, const struct step *t, int c, i
     }
 }
 
-/* The head tile and block of slots s and s-2. */
-struct places {
-    struct place front, back;
-};
-
-/* The rows of the next block are split four at a time like its lines are fetched, by the vector
- * units while the tile unit is busy. */
+/* The rows of the next block are split as its lines are fetched, by the vector units while the tile
+ * unit is busy. */
 INLINE void plan_split(struct pass *p, struct step *t, struct place front, int steps) {
-    int groups = groups_of(p->n_tiles);
+    const int rows = p->n_tiles >= 4 ? 4 : rows_of_slot(p);
     t->block = front.block;
     t->parts = p->scratch + front.block % 2 * SPLIT_BYTES;
-    t->split_row = front.tile * groups * 4;
+    t->split_row = front.tile * rows;
     t->split_rows = 0;
     if (t->split_row < KEY_BLOCK && front.block + 1 < p->n_blocks)
-        t->split_rows = groups * 4 / steps;
+        t->split_rows = rows / steps;
     if (front.tile == 0)
         p->flags[(front.block + 1) % FLAG_RING] = 0;
 }
 
-/* Slot s with accumulator c = s % 2; slot s-2 used the same one and the same place in the ring. */
-INLINE void slot(struct pass *p, __m512 *sum, int c, struct places at, int steps, int fp16) {
+/* Where slot number s lies in the ring. */
+INLINE float *ring_tile(const struct pass *p, int s) {
+    return p->ring + (s + RING) % RING * (LANES * LANES);
+}
+
+/* Slot number s modulo RING, with accumulator c = s % 2; `back` is slot s - LAG. `known` says that
+ * head tiles are known to the compiler. */
+INLINE void slot(struct pass *p, __m512 *sum, int s, int c, struct place front, struct place back,
+                 int known, int steps, int fp16) {
     const int slot_bytes = steps * (fp16 ? 2 : 1) * TILE_BYTES;
+    const int done = back.tile == p->n_tiles - 1;
     struct step t;
-    t.query = p->token[at.front.token].tiles + (int64_t)at.front.tile * slot_bytes;
-    t.tile = p->ring + c * LANES * LANES;
-    t.weight = _mm512_load_ps(p->token[at.back.token].weights + at.back.tile * LANES);
-    t.heads = heads_of(p, at.back.tile);
-    t.reload = !fp16 && at.front.tile == p->n_tiles - 1 && at.front.token == p->n_tokens - 1 &&
-               at.front.block + 1 < p->n_blocks;
-    t.next = keys_of(p, at.front.block + t.reload);
-    t.fetch = fetch_plan(p, at.front, fp16);
+    t.query = p->token[front.token].tiles + (int64_t)front.tile * slot_bytes;
+    t.tile = ring_tile(p, s - LAG);
+    t.store = ring_tile(p, s - 1);
+    t.weight = _mm512_load_ps(p->token[back.token].weights + back.tile * LANES);
+    t.heads = heads_of(p, back.tile);
+    t.begin = known && back.tile == 0;
+    t.fold = known && done;
+    t.first = front.tile == 0 && front.token == 0;
+    t.last = front.tile == p->n_tiles - 1 && front.token == p->n_tokens - 1 &&
+             front.block + 1 < p->n_blocks;
+    t.keys = keys_of(p, front.block);
+    t.next = keys_of(p, front.block + t.last);
+    t.fetch = fetch_plan(p, front, fp16);
     if (fp16)
-        plan_split(p, &t, at.front, steps);
+        plan_split(p, &t, front, steps);
     zero_sums(c);
     run_step(p, sum, &t, c, 0, steps, fp16);
     run_step(p, sum, &t, c, 1, steps, fp16);
@@ -220,21 +282,32 @@ INLINE void slot(struct pass *p, __m512 *sum, int c, struct places at, int steps
         run_step(p, sum, &t, c, 2, steps, fp16);
         run_step(p, sum, &t, c, 3, steps, fp16);
     }
-    if (at.back.tile == p->n_tiles - 1)
-        finish_block(p, sum, at.back, fp16);
+    if (done) {
+        if (!known)
+            fold_rows(sum);
+        finish_block(p, sum[0], back, fp16);
+        if (!known)
+            clear_sums(sum);
+    }
 }
 
-/* What remains of a slot whose tile is in the ring. */
-INLINE void drain(struct pass *p, __m512 *sum, int c, struct place back, int fp16) {
-    const float *tile = p->ring + c * LANES * LANES;
-    const __m512 weight = _mm512_load_ps(p->token[back.token].weights + back.tile * LANES);
-    const __mmask16 heads = heads_of(p, back.tile);
-    reduce_rows(sum, tile, 0, 4, weight, heads);
-    reduce_rows(sum, tile, 4, 4, weight, heads);
-    reduce_rows(sum, tile, 8, 4, weight, heads);
-    reduce_rows(sum, tile, 12, 4, weight, heads);
-    if (back.tile == p->n_tiles - 1)
-        finish_block(p, sum, back, fp16);
+/* What remains of slot number s, whose tile is in the ring. */
+INLINE void drain(struct pass *p, __m512 *sum, int s, struct place back, int known, int fp16) {
+    struct step t;
+    t.tile = ring_tile(p, s);
+    t.weight = _mm512_load_ps(p->token[back.token].weights + back.tile * LANES);
+    t.heads = heads_of(p, back.tile);
+    t.begin = known && back.tile == 0;
+    t.fold = 0;
+    reduce_rows(sum, &t, 0, 4);
+    reduce_rows(sum, &t, 4, 4);
+    reduce_rows(sum, &t, 8, 4);
+    reduce_rows(sum, &t, 12, 4);
+    if (back.tile == p->n_tiles - 1) {
+        fold_rows(sum);
+        finish_block(p, sum[0], back, fp16);
+        clear_sums(sum);
+    }
 }
 
 INLINE void advance(struct place *place, int n_tiles) {
@@ -249,68 +322,65 @@ INLINE void run_slots(struct pass *p, int steps, int fp16) {
     __m512 sum[KEY_BLOCK];
     const int n_tiles = p->n_tiles;
     int64_t n_slots = (int64_t)p->n_blocks * n_tiles;
-    struct places at = {{0, 0, 0}, {n_tiles == 1 ? 0 : n_tiles - 2, n_tiles == 1 ? -2 : -1, 0}};
+    struct place front = {0, 0, 0}, back = {0, -((LAG + n_tiles - 1) / n_tiles), 0};
+    back.tile = -LAG - back.block * n_tiles;
     clear_sums(sum);
     for (int64_t s = 0; s < n_slots; s++) {
         if (s % 2 == 0)
-            slot(p, sum, 0, at, steps, fp16);
+            slot(p, sum, (int)(s % RING), 0, front, back, 0, steps, fp16);
         else
-            slot(p, sum, 1, at, steps, fp16);
-        advance(&at.front, n_tiles);
-        advance(&at.back, n_tiles);
+            slot(p, sum, (int)(s % RING), 1, front, back, 0, steps, fp16);
+        advance(&front, n_tiles);
+        advance(&back, n_tiles);
     }
-    if (n_slots % 2) {
-        store_sums(0, p->ring);
-        drain(p, sum, 1, at.back, fp16);
-        advance(&at.back, n_tiles);
-        drain(p, sum, 0, at.back, fp16);
-    } else {
-        store_sums(1, p->ring + LANES * LANES);
-        drain(p, sum, 0, at.back, fp16);
-        advance(&at.back, n_tiles);
-        drain(p, sum, 1, at.back, fp16);
+    if (n_slots % 2)
+        store_sums(0, ring_tile(p, (int)((n_slots - 1) % RING)));
+    else
+        store_sums(1, ring_tile(p, (int)((n_slots - 1) % RING)));
+    for (int64_t s = n_slots - LAG; s < n_slots; s++) {
+        drain(p, sum, (int)((s + RING) % RING), back, 0, fp16);
+        advance(&back, n_tiles);
     }
+}
+
+/* The place LAG slots before slot s of a block with four head tiles. */
+INLINE struct place place_behind(int s, int block, int n_tokens) {
+    int behind = s - LAG < 0 ? s - LAG + 4 * n_tokens : s - LAG;
+    return (struct place){behind % 4, s - LAG < 0 ? block - 1 : block, behind / 4};
+}
+
+INLINE void run_slots_of_token(struct pass *p, __m512 *sum, int block, int token, int n_tokens,
+                               int steps, int fp16) {
+    const int s = token * 4;
+    slot(p, sum, 0, 0, (struct place){0, block, token}, place_behind(s, block, n_tokens), 1, steps,
+         fp16);
+    slot(p, sum, 1, 1, (struct place){1, block, token}, place_behind(s + 1, block, n_tokens), 1,
+         steps, fp16);
+    slot(p, sum, 2, 0, (struct place){2, block, token}, place_behind(s + 2, block, n_tokens), 1,
+         steps, fp16);
+    slot(p, sum, 3, 1, (struct place){3, block, token}, place_behind(s + 3, block, n_tokens), 1,
+         steps, fp16);
 }
 
 /* The same for four head tiles, 49 to 64 heads, with all that depends on the head tile known to
- * the compiler. */
-INLINE void run_slots_of_4(struct pass *p, int steps, int fp16) {
+ * the compiler, and for one query token or two, whose slots take turns over the keys that
+ * tmm2..tmm5 hold. */
+INLINE void run_slots_of_4(struct pass *p, int n_tokens, int steps, int fp16) {
     __m512 sum[KEY_BLOCK];
+    const int last = n_tokens - 1;
     int block = 0;
     p->n_tiles = 4;
-    p->n_tokens = 1;
+    p->n_tokens = n_tokens;
     clear_sums(sum);
     for (; block < p->n_blocks; block++) {
-        slot(p, sum, 0, (struct places){{0, block, 0}, {2, block - 1, 0}}, steps, fp16);
-        slot(p, sum, 1, (struct places){{1, block, 0}, {3, block - 1, 0}}, steps, fp16);
-        slot(p, sum, 0, (struct places){{2, block, 0}, {0, block, 0}}, steps, fp16);
-        slot(p, sum, 1, (struct places){{3, block, 0}, {1, block, 0}}, steps, fp16);
+        run_slots_of_token(p, sum, block, 0, n_tokens, steps, fp16);
+        if (n_tokens == 2)
+            run_slots_of_token(p, sum, block, 1, n_tokens, steps, fp16);
     }
-    store_sums(1, p->ring + LANES * LANES);
-    drain(p, sum, 0, (struct place){2, block - 1, 0}, fp16);
-    drain(p, sum, 1, (struct place){3, block - 1, 0}, fp16);
-}
-
-/* The same for two query tokens, whose slots take turns over the keys that tmm2..tmm5 hold. */
-INLINE void run_slots_of_4_twice(struct pass *p, int steps) {
-    __m512 sum[KEY_BLOCK];
-    int block = 0;
-    p->n_tiles = 4;
-    p->n_tokens = 2;
-    clear_sums(sum);
-    for (; block < p->n_blocks; block++) {
-        slot(p, sum, 0, (struct places){{0, block, 0}, {2, block - 1, 1}}, steps, 0);
-        slot(p, sum, 1, (struct places){{1, block, 0}, {3, block - 1, 1}}, steps, 0);
-        slot(p, sum, 0, (struct places){{2, block, 0}, {0, block, 0}}, steps, 0);
-        slot(p, sum, 1, (struct places){{3, block, 0}, {1, block, 0}}, steps, 0);
-        slot(p, sum, 0, (struct places){{0, block, 1}, {2, block, 0}}, steps, 0);
-        slot(p, sum, 1, (struct places){{1, block, 1}, {3, block, 0}}, steps, 0);
-        slot(p, sum, 0, (struct places){{2, block, 1}, {0, block, 1}}, steps, 0);
-        slot(p, sum, 1, (struct places){{3, block, 1}, {1, block, 1}}, steps, 0);
-    }
-    store_sums(1, p->ring + LANES * LANES);
-    drain(p, sum, 0, (struct place){2, block - 1, 1}, 0);
-    drain(p, sum, 1, (struct place){3, block - 1, 1}, 0);
+    store_sums(1, ring_tile(p, 3));
+    drain(p, sum, 1, (struct place){1, block - 1, last}, 1, fp16);
+    drain(p, sum, 2, (struct place){2, block - 1, last}, 1, fp16);
+    drain(p, sum, 3, (struct place){3, block - 1, last}, 1, fp16);
 }
 
 #endif
