@@ -187,6 +187,42 @@ static void check_merge(const struct input *in, int k, const struct topk_loops *
         guard_free(&list[i]);
 }
 
+/* How many of a sorted list reach the bound. */
+static int reaching(const struct topk *t, uint64_t bound) {
+    int n = 0;
+    while (n < t->n && t->entry[n] >= bound)
+        n++;
+    return n;
+}
+
+/* The stream in two halves, each sorted alone; what reaches a bound merged, and then the rest: the
+ * first lists end where worse entries follow. */
+static void check_merged_parts(const struct input *in, int k, const struct topk_loops *loops,
+                               struct rng *rng, const char *what) {
+    struct guard memory[2] = {entries(k), entries(k)};
+    struct guard list = guard_after(sizeof(uint64_t) * ((size_t)k + 1));
+    struct topk half[2], whole = {.k = k, .entry = (uint64_t *)(void *)list.data};
+    int middle = in->n / 2, n[2];
+    for (int i = 0; i < 2; i++) {
+        lidx_topk_reset(&half[i], k, (uint64_t *)(void *)memory[i].data, loops);
+        push_range(&half[i], in, i ? middle : 0, i ? in->n : middle, rng);
+        lidx_topk_sort(&half[i]);
+        half[i].entry[half[i].n] = 0;
+    }
+    const struct topk *from = &half[rng_below(rng, 2)];
+    uint64_t bound = from->n ? from->entry[rng_below(rng, (uint64_t)from->n)] : 1;
+    for (int i = 0; i < 2; i++)
+        n[i] = reaching(&half[i], bound);
+    whole.n = lidx_topk_merge(whole.entry, k, half[0].entry, n[0], half[1].entry, n[1]);
+    if (whole.n < k)
+        whole.n += lidx_topk_merge(whole.entry + whole.n, k - whole.n, half[0].entry + n[0],
+                                   half[0].n - n[0], half[1].entry + n[1], half[1].n - n[1]);
+    check_answer(&whole, in, k, what);
+    for (int i = 0; i < 2; i++)
+        guard_free(&memory[i]);
+    guard_free(&list);
+}
+
 /* The stream in pieces, each sorted alone and added to one selection, in any order. */
 static void check_add(const struct input *in, int k, const struct topk_loops *loops,
                       struct rng *rng, const char *what) {
@@ -248,6 +284,7 @@ static void run_case(long number, const struct topk_loops *loops, const char *lo
              (int)stream, in.n, k);
     check_stream(&in, k, loops, &rng, what);
     check_merge(&in, k, loops, &rng, what);
+    check_merged_parts(&in, k, loops, &rng, what);
     check_add(&in, k, loops, &rng, what);
     free(in.score);
     free(in.order);
