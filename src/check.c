@@ -462,12 +462,13 @@ static int check_values(const struct checker *c) {
 
 int lidx_check(const struct lidx_args *args, enum check_depth depth, struct problem *p,
                struct lidx_device *device) {
-    struct checker c; /* each operand is filled where it is checked */
+    static const struct problem empty; /* gcc copies by stores and clears by a slower `rep stos` */
+    struct checker c;                  /* each operand is filled where it is checked */
     int status;
     c.args = args;
     c.depth = depth;
     c.p = p;
-    memset(p, 0, sizeof *p);
+    *p = empty;
     if ((status = check_options(args)))
         return status;
     if (!args->query)
