@@ -93,41 +93,49 @@ correctness() {
     return $code
 }
 
-# All tools and kernels at once: they are slow on the host's side, not on the GPU's. `barriers` is
+# What compute-sanitizer sees: the tests of the operator on both kernels, and the selection alone, whose
+# clusters their small shapes do not reach. One a line: a name, then the command.
+sanitized_programs() {
+    local kernel test
+    for kernel in smxx sm90; do
+        for test in test_cuda test_cuda_repeats test_cuda_hostile; do
+            printf '%s, %s\t%s\n' $test $kernel \
+                "$build/$test --kernel $kernel --exact --sanitizer"
+        done
+    done
+    printf 'test_topk\t%s\n' "$build/test_topk sanitize"
+}
+
+# All tools and programs at once: they are slow on the host's side, not on the GPU's. `barriers` is
 # how many barriers in shared memory two of them follow: up to 48 a block here. For initcheck the
 # test has written the workspace: the selection reads scores in whole vectors and drops those past
 # a row's end, which nobody wrote.
 sanitize() {
-    local tool kernel test barriers text code=0
+    local tool name command barriers text code=0
     for tool in memcheck racecheck synccheck initcheck; do
         barriers=
         case $tool in racecheck | synccheck) barriers="--num-cuda-barriers 65536" ;; esac
-        for kernel in smxx sm90; do
-            for test in test_cuda test_cuda_repeats test_cuda_hostile; do
-                timeout 100 compute-sanitizer --tool $tool $barriers --print-limit 3 \
-                    "$build/$test" --kernel $kernel --exact --sanitizer \
-                    > "$build/${tool}_${test}_$kernel.txt" 2>&1 &
-            done
-        done
+        while IFS=$'\t' read -r name command; do
+            timeout 100 compute-sanitizer --tool $tool $barriers --print-limit 3 $command \
+                > "$build/$tool, $name.txt" 2>&1 < /dev/null &
+        done < <(sanitized_programs)
     done
     wait
     for tool in memcheck racecheck synccheck initcheck; do
-        for kernel in smxx sm90; do
-            for test in test_cuda test_cuda_repeats test_cuda_hostile; do
-                text=$build/${tool}_${test}_$kernel.txt
-                printf '%s, %s, %s: ' $tool $test $kernel
-                grep -E '^[0-9]+ passed, |SUMMARY' "$text" | tail -n 2 | tr '\n' ' '
-                printf '\n'
-                grep -E '=== +[A-Z]' "$text" | grep -vE 'SUMMARY|COMPUTE-SAN|Host|Saved' |
-                    cut -c1-150 | sort | uniq -c | sort -rn | head -n 3
-                grep -qE ' passed, 0 failed' "$text" || code=1
-                if [ "$tool $test $kernel" = "racecheck test_cuda_hostile sm90" ]; then
-                    printf '    shown, not judged: see docs/kernel-sm90.md on racecheck\n'
-                else
-                    grep -qE 'SUMMARY: 0 (errors|hazards)' "$text" || code=1
-                fi
-            done
-        done
+        while IFS=$'\t' read -r name command; do
+            text="$build/$tool, $name.txt"
+            printf '%s, %s: ' $tool "$name"
+            grep -E '^[0-9]+ (rows )?passed, |SUMMARY' "$text" | tail -n 2 | tr '\n' ' '
+            printf '\n'
+            grep -E '=== +[A-Z]' "$text" | grep -vE 'SUMMARY|COMPUTE-SAN|Host|Saved' |
+                cut -c1-150 | sort | uniq -c | sort -rn | head -n 3
+            grep -qE ' passed, 0 fail' "$text" || code=1
+            if [ "$tool, $name" = "racecheck, test_cuda_hostile, sm90" ]; then
+                printf '    shown, not judged: see docs/kernel-sm90.md on racecheck\n'
+            else
+                grep -qE 'SUMMARY: 0 (errors|hazards)' "$text" || code=1
+            fi
+        done < <(sanitized_programs)
     done
     return $code
 }
@@ -155,7 +163,7 @@ bench_section() {
         --kernel smxx --json "$build/bench_${1}_smxx.json"
     return 1
 }
-export -f configure link_programs correctness sanitize torch_tests bench_section
+export -f configure link_programs correctness sanitized_programs sanitize torch_tests bench_section
 cuda_tests='test_cuda test_cuda_repeats test_cuda_hostile test_cuda_full'
 export root build results cuda_tests
 
