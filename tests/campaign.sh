@@ -97,7 +97,8 @@ build() {
     directory=$1 targets=$2
     shift 2
     # shellcheck disable=SC2086 # a list of targets
-    cmake -S "$root" -B "$directory" -DLIDX_CUDA=OFF -DLIDX_TOOLS=OFF -DLIDX_WERROR=ON "$@" &&
+    cmake -S "$root" -B "$directory" -DLIDX_CUDA=OFF -DLIDX_TOOLS=OFF -DLIDX_WERROR=ON \
+        -DCMAKE_C_FLAGS_DEBUG= "$@" &&
         cmake --build "$directory" -j "$jobs" --target $targets
 }
 
@@ -106,7 +107,8 @@ build_library() { # SOURCE DIRECTORY
         -DLIDX_TESTS=OFF && cmake --build "$2" -j "$jobs"
 }
 
-# Line tables are enough for a report; to track variables takes gcc minutes.
+# Line tables are enough for a report; to track variables takes gcc minutes, and so CMake must not add
+# its -g of Debug builds behind this.
 sanitized='-g1 -O1 -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize='
 
 run_asan() {

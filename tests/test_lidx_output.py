@@ -17,6 +17,12 @@ from lidx_program import CAPTURE, LIDX, lidx, parse, refused, write
 pytestmark = pytest.mark.skipif(not LIDX, reason="LIDX_BIN does not name the program")
 
 
+def heed_interrupts():
+    """For a child: a shell that runs the tests in the background has SIGINT ignored, and the program
+    leaves what is ignored as it is."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_output_replaces_and_keeps_mode(tmp_path):
     target = tmp_path / "out"
     target.write_bytes(b"old")
@@ -131,6 +137,7 @@ def test_signal_leaves_nothing(tmp_path, number):
             ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            preexec_fn=heed_interrupts,
         )
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
@@ -151,7 +158,8 @@ def test_signal_leaves_nothing(tmp_path, number):
 
 def test_interrupted_demo_leaves_nothing(tmp_path):
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    process = subprocess.Popen([LIDX, "demo"], env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([LIDX, "demo"], env=environment, stdout=subprocess.DEVNULL,
+                               preexec_fn=heed_interrupts)
     deadline = time.monotonic() + 30
     while not list(tmp_path.glob("lidx-demo-*/input*")) and time.monotonic() < deadline:
         time.sleep(0.001)
