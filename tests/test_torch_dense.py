@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """lightning_indexer.lightning_indexer() on torch tensors: its way through `_dense`, which is shorter
-where no list, layout or mode is given, and where it must not go that way."""
+where no list, layout or mode is given and torch does not look at calls."""
+
+import re
 
 import pytest
 from torch_cases import OP, Case, torch
 
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_indexer import lightning_indexer
+from lightning_indexer import _torch, lightning_indexer
 
 DENSE = torch.ops.lightning_indexer._dense.default
 
@@ -24,14 +27,21 @@ class Names(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture
+def ways(monkeypatch):
+    """The ways that calls of the function have gone, "dense" or "overload"."""
+    gone = []
+    for way in ("dense", "overload"):
+        def call(*arguments, way=way, target=getattr(_torch, way)):
+            gone.append(way)
+            return target(*arguments)
+
+        monkeypatch.setattr(_torch, way, call)
+    return gone
+
+
 def full(**options):
     return Case(query_lengths=(4, 4), key_lengths=(40, 40), lists=False, **options)
-
-
-def names_of(call):
-    with Names() as names:
-        call()
-    return [name for name in names.called if name.startswith("lightning_indexer")]
 
 
 def test_opcheck():
@@ -46,9 +56,11 @@ def test_answers_as_the_operator_does(count):
     assert torch.equal(indices, lightning_indexer(*tensors, None, None, None, None, None, count))
 
 
-def test_goes_by_dense_only_where_nothing_else_is_given():
+def test_goes_by_dense_only_where_nothing_else_is_given(ways):
     case = full()
-    assert names_of(lambda: lightning_indexer(*case.tensors)) == ["lightning_indexer._dense.default"]
+    lightning_indexer(*case.tensors)
+    lightning_indexer(*case.tensors, sparse_count=8)
+    assert ways == ["dense", "dense"]
     lengths = torch.tensor([40, 3], dtype=torch.int32)
     more = (
         dict(actual_seq_lengths_key=lengths),
@@ -58,9 +70,41 @@ def test_goes_by_dense_only_where_nothing_else_is_given():
         dict(sparse_mode=0),
     )
     for options in more:
-        call = lambda: lightning_indexer(*case.tensors, **options, sparse_count=8)
-        assert names_of(call) == ["lightning_indexer.lightning_indexer.default"]
-        assert torch.equal(call(), OP(*case.tensors, **options, sparse_count=8))
+        ways.clear()
+        indices = lightning_indexer(*case.tensors, **options, sparse_count=8)
+        assert ways == ["overload"]
+        assert torch.equal(indices, OP(*case.tensors, **options, sparse_count=8))
+
+
+def test_who_looks_at_calls_sees_the_operator():
+    tensors = full().tensors
+    with Names() as names:
+        lightning_indexer(*tensors)
+    assert names.called == ["lightning_indexer.lightning_indexer.default"]
+
+    class Module(torch.nn.Module):
+        def forward(self, key):  # the others are constants to the trace
+            return lightning_indexer(tensors[0], key, tensors[2], sparse_count=8)
+
+    program = torch.export.export(Module(), (tensors[1],), strict=False)
+    graph = make_fx(Module(), tracing_mode="real")(tensors[1])
+    traced = torch.jit.trace(Module(), tensors[1])
+    for text in (program.graph, graph.graph, traced.inlined_graph):
+        called = set(re.findall(r"lightning_indexer(?:::|\.)(\w+)", str(text)))
+        assert called == {"lightning_indexer"}
+
+
+def test_tensors_of_other_classes_go_to_the_operator(ways):
+    class Other(torch.Tensor):
+        pass
+
+    tensors = full().tensors
+    for position in range(3):
+        mixed = [t.as_subclass(Other) if i == position else t for i, t in enumerate(tensors)]
+        assert torch.equal(lightning_indexer(*mixed), OP(*tensors))
+    with pytest.raises(RuntimeError, match="lightning_indexer::lightning_indexer"):
+        lightning_indexer(tensors[0], 1, tensors[2])
+    assert ways == ["overload"] * 4
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ enum {
     PARTS = 16,        /* most parts of a row */
     PART_ENTRIES = 64, /* fewer are not worth a part */
     NEAR = 32,         /* how far from its place an entry usually lies, in ranks */
-    PATIENCE = 2000,   /* looks for work that is to come: some ten microseconds */
+    PATIENCE = 2000,   /* blocks looked at while work is to come: some ten microseconds */
 };
 
 /* One row of one worker's pieces: up to k entries, best first, and a 0. */
@@ -328,7 +328,8 @@ static inline void relax(void) {
 void lidx_split_help(struct worker *w) {
     const struct plan_block *block = NULL;
     int64_t open = 0;
-    for (int patience = PATIENCE; patience > 0; patience--) {
+    int64_t patience = PATIENCE;
+    while (patience > 0) {
         enum chance chance = look_around(w, &open, &block);
         if (chance == NOTHING)
             return;
@@ -336,6 +337,7 @@ void lidx_split_help(struct worker *w) {
             lidx_split_share(w, block, w->run->n_workers);
         else if (chance != A_PART || take_parts(w, block) == 0) {
             relax();
+            patience -= 1 + w->run->plan.n_splits - open;
             continue;
         }
         patience = PATIENCE;

@@ -25,15 +25,18 @@ from ._library import with_defaults as _with_defaults
 __version__ = version()
 __all__ = ["cpu_features", "kernels", "lightning_indexer", "version"]
 
-# torch.Tensor and torch.compiler.is_dynamo_compiling, once the operators are registered.
+# torch.Tensor once the operators are registered, and once more where the short way of
+# lightning_indexer() exists; what says that torch looks at the call, which must not go that way.
 _TorchTensor = ()
-_is_dynamo_compiling = None
+_ShortTensor = ()
+_is_dynamo_compiling = _count_dispatch_modes = _is_tracing = None
 _torch_error = None
 
 
 def _register():
     """Registers with torch if there is one; what went wrong is kept and told at a call too."""
-    global _torch, _torch_error, _TorchTensor, _is_dynamo_compiling
+    global _torch, _torch_error, _TorchTensor, _ShortTensor
+    global _is_dynamo_compiling, _count_dispatch_modes, _is_tracing
     if _os.environ.get("LIDX_TORCH", "1") == "0":
         _torch_error = "LIDX_TORCH is 0"
         return
@@ -46,8 +49,10 @@ def _register():
         from . import _torch
 
         _torch.register()
-        _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
         _TorchTensor = torch.Tensor
+        if _torch.dense:
+            _is_dynamo_compiling, _count_dispatch_modes, _is_tracing = _torch.watchers
+            _ShortTensor = torch.Tensor
     except (RuntimeError, OSError, AttributeError) as error:
         _torch_error = str(error)
         _warnings.warn(f"lightning_indexer is not registered with torch: {error}", stacklevel=3)
@@ -128,7 +133,7 @@ def lightning_indexer(
     works for it. For torch tensors that is `torch.get_num_threads()`, else OpenMP's default.
     """
     if (
-        type(query) is _TorchTensor
+        type(query) is type(key) is type(weights) is _ShortTensor
         and actual_seq_lengths_query is None
         and actual_seq_lengths_key is None
         and block_table is None
@@ -136,7 +141,9 @@ def lightning_indexer(
         and layout_key is None
         and sparse_mode is None
         and not return_values
-        and not _is_dynamo_compiling()
+        and not _is_dynamo_compiling()  # the first, as torch.compile cannot trace the others
+        and not _count_dispatch_modes()
+        and not _is_tracing()
     ):
         if sparse_count is None:
             return _torch.dense(query, key, weights)

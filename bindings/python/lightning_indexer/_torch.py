@@ -25,8 +25,10 @@ OWNERS_OF_NPU = ("torch_npu", "sgl_kernel_npu")
 MAX_SPARSE_COUNT = 8192
 
 # Once they are registered: torch.ops.lightning_indexer.lightning_indexer.default, and the function in
-# torch's C++ that stands behind ._dense.default, which torch.compile cannot trace.
+# torch's C++ that stands behind ._dense.default, which torch.compile cannot trace; None where this
+# torch has none, or lacks one of the watchers, the functions that say whether torch looks at calls.
 overload = dense = None
+watchers = ()
 _libraries = []  # a registration made in Python lives as long as its library
 state = {}  # "npu::lightning_indexer" -> what was done about it, for `info`
 
@@ -211,19 +213,34 @@ def _register_all():
     op = _load_op()
     has_cuda = torch.version.cuda is not None
     _check(op.lidx_torch_load(b"libtorch_cpu.so", b"libtorch_cuda.so" if has_cuda else None))
-    for position, name in enumerate((*OPS, "_dense")):
+    for position, name in enumerate(OPS):
         _define(op, NAMESPACE, name, position == 0)
     for name in OPS:
         state[f"npu::{name}"] = _alias(op, name)
+    _define(op, NAMESPACE, "_dense", 0)
+
+
+def _find_dense():
+    """Sets `dense` and `watchers`, all of them private to torch: each may be gone from the next."""
+    global dense, watchers
+    try:
+        watchers = (
+            torch.compiler.is_dynamo_compiling,
+            torch._C._len_torch_dispatch_stack,
+            torch._C._is_tracing,
+        )
+        dense = torch.ops.lightning_indexer._dense.default._op
+    except AttributeError:
+        dense = None
 
 
 def register():
     """Registers all; once a process."""
-    global overload, dense
+    global overload
     if not _schema_text(f"{NAMESPACE}::{OPS[0]}"):
         _register_all()
     overload = torch.ops.lightning_indexer.lightning_indexer.default
-    dense = torch.ops.lightning_indexer._dense.default._op
+    _find_dense()
 
 
 def with_values(query, key, weights, lists, options):
