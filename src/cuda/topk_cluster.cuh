@@ -349,6 +349,10 @@ template <class Z> static __device__ __noinline__ bool feed_cluster(void) {
 template <class Z>
 static __device__ __forceinline__ void begin_cluster(struct cluster_shared<Z> *c,
                                                      const struct slab *slab) {
+    static_assert(CLUSTER * SENDER_THREADS == Z::THREADS, "every thread sees to one sender");
+    static_assert(CLUSTER * SHARE <= Z::LIST, "all that a block is sent fits its list");
+    static_assert(PLACES / 4 <= Z::WORDS, "a byte counter for each bucket");
+    static_assert(sizeof(struct shared<Z>) % 16 == 0, "count is zeroed in vectors");
     struct shared<Z> *s = &c->row;
     zero<Z, BINS>(s->hist);
     zero<Z, BINS>(c->count);
