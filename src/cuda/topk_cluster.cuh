@@ -52,16 +52,22 @@ static __device__ __forceinline__ void count_part(struct cluster_shared<Z> *c, c
             atomicAdd(&c->count[key[i] >> shift & mask], 1u);
 }
 
+/* How many of this thread's keys are up to `edge`. */
+template <int GROUPS>
+static __device__ __forceinline__ uint32_t count_to_edge(const uint32_t *key, uint32_t edge) {
+    uint32_t n = 0;
+#pragma unroll
+    for (uint32_t i = 0; i < 4 * GROUPS; i++)
+        n += key[i] <= edge;
+    return n;
+}
+
 /* Sends the part's keys up to `edge` to the first block. */
 template <class Z>
 static __device__ __forceinline__ void send_part(struct cluster_shared<Z> *c, const uint32_t *key,
                                                  uint32_t begin, uint32_t edge) {
     struct shared<Z> *s = &c->row;
-    uint32_t take = 0, total;
-#pragma unroll
-    for (uint32_t i = 0; i < 4 * CLUSTER_GROUPS; i++)
-        take += key[i] <= edge;
-    uint32_t at = block_before(s, take, 1, &total);
+    uint32_t total, at = block_before(s, count_to_edge<CLUSTER_GROUPS>(key, edge), 1, &total);
     if (threadIdx.x == 0)
         c->base = remote_add(remote(&s->n_list, 0), total);
     __syncthreads();
@@ -122,11 +128,7 @@ static __device__ __forceinline__ void deal_part(struct cluster_shared<Z> *c, co
                                                  uint32_t begin, uint32_t edge, uint32_t spread,
                                                  uint32_t rank) {
     struct shared<Z> *s = &c->row;
-    uint32_t take = 0;
-#pragma unroll
-    for (uint32_t i = 0; i < 4 * GROUPS; i++)
-        take += key[i] <= edge;
-    uint32_t at = reserve(s, take);
+    uint32_t take = count_to_edge<GROUPS>(key, edge), at = reserve(s, take);
     if (at + take <= Z::LIST) {
         uint64_t *to = s->list + at;
 #pragma unroll
