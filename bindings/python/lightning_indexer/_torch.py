@@ -168,8 +168,8 @@ def _fake_npu(
     return indices, query.new_empty(indices.shape if return_value else (0,))
 
 
-def _fake_dense(query, key, weights, sparse_count=2048):
-    return _fake_indices(query, key, weights, None, None, None, "BSND", sparse_count)
+def _fake_dense(query, key, weights, sparse_count=None):
+    return _fake_op(query, key, weights, sparse_count=sparse_count)
 
 
 _FAKES = {
