@@ -48,7 +48,7 @@ others=$(for file in src/cpu/*.c src/cpu/*.h; do
     case " $isa " in *" ${stem%%[._]*} "*) ;; *) echo "$file" ;; esac
 done | tr '\n' ' ')
 # shellcheck disable=SC2086 # room splits its first argument itself
-room "$others" "$c|$public|$above|\"(answer|environment|features|kernel|kernels|plan|split|topk|worker)\.h\"|$intrinsics|<omp\.h>|<(sys/auxv|sys/syscall|pthread|unistd)\.h>"
+room "$others" "$c|$public|$above|\"(answer|environment|features|kernel|kernels|plan|split|topk|topk_x86|worker)\.h\"|$intrinsics|<omp\.h>|<(sys/auxv|sys/syscall|pthread|unistd)\.h>"
 for stem in $isa; do
     room "src/cpu/$stem.[ch] src/cpu/${stem}_*.[ch]" "$c|\"\.\./dtype\.h\"|\"(kernel|features|avx512|amx(_[a-z]+)?)\.h\"|$intrinsics"
 done

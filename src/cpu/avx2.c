@@ -309,6 +309,7 @@ TARGET static void score_fp16(float *out, const void *packed, int n_heads, int h
 const struct kernel lidx_kernel_avx2 = {
     .name = "avx2",
     .needs = FEATURE_AVX2 | FEATURE_FMA | FEATURE_F16C,
+    .topk = &lidx_topk_avx2,
     .path = {[DTYPE_BF16] = {packed_size, pack_bf16, score_bf16},
              [DTYPE_FP16] = {packed_size, pack_fp16, score_fp16}},
 };

@@ -61,7 +61,7 @@ static uint64_t detect(void) {
     features |= bit(c, 29) ? FEATURE_F16C : 0;
     if (!__get_cpuid_count(7, 0, &sub_leaves, &b7, &c7, &d7))
         return features;
-    features |= bit(b7, 5) ? FEATURE_AVX2 : 0;
+    features |= bit(b7, 5) && bit(c, 23) ? FEATURE_AVX2 : 0; /* and POPCNT, as in all such CPUs */
     if (sub_leaves >= 1)
         __cpuid_count(7, 1, a71, ignore, c, d);
     int f_dq_bw_vl = bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31);

@@ -63,6 +63,7 @@ struct kernel_path {
 /* Vector forms of the selection's loops, topk.h. */
 struct topk_loops;
 #if defined(__x86_64__)
+extern const struct topk_loops lidx_topk_avx2;   /* FEATURE_AVX2 */
 extern const struct topk_loops lidx_topk_avx512; /* FEATURE_AVX512 */
 #endif
 

@@ -50,7 +50,7 @@ struct topk_loops {
     int (*count)(const uint64_t *entry, int n, uint64_t bound);
     /* The next three all or none: with them entries are binned once and settled, without them
      * binned twice as finely, in two passes. */
-    /* bin[i] = number of the bin of entry[i]. */
+    /* bin[i] = number of the bin of entry[i]. May write n + TOPK_SLACK numbers. */
     void (*place)(uint16_t *bin, const uint64_t *entry, int n, const struct topk_bins *bins);
     /* Turns the counts of bins, a multiple of 16, into the places where bins begin; returns the
      * largest count. */
