@@ -32,11 +32,10 @@
 enum {
     LANES = 8,
     CHAINS = 12,
-    STEPS = 8,                      /* elements in one round of the dot loop */
-    TILE_BLOCKS = 3,
-    TILE = TILE_BLOCKS * KEY_BLOCK, /* 48 keys: a multiple of 6, 12 and 16 */
-    PITCH = MAX_HEAD_DIM,           /* floats from key to key in the scratch */
-    FETCH_AHEAD = TILE_BLOCKS,      /* blocks from the tile in work to the one fetched into L1 */
+    STEPS = 8,            /* elements in one round of the dot loop */
+    TILE = 24,            /* keys: a multiple of 6 and 12 */
+    PITCH = MAX_HEAD_DIM, /* floats from key to key in the scratch */
+    FETCH_AHEAD = 48,     /* keys from the tile in work to the one fetched into L1 */
 };
 
 static int group_count(int n_heads) {
@@ -102,23 +101,44 @@ INLINE void pack(void *packed, const struct query_row *row, int dtype) {
     }
 }
 
-/* n rows of a block as fp32. */
-INLINE void widen_rows(float *wide, const unsigned char *rows, int64_t stride, int n, int head_dim,
+static const unsigned char *row_at(const struct key_run *run, int key) {
+    return (const unsigned char *)run->block[key / KEY_BLOCK] + key % KEY_BLOCK * run->row_stride;
+}
+
+/* n keys of a run as fp32. */
+INLINE void widen_rows(float *wide, const struct key_run *run, int key, int n, int head_dim,
                        int dtype) {
-    for (int j = 0; j < n; j++, rows += stride, wide += PITCH) {
+    for (int end = key + n; key < end; key++, wide += PITCH) {
+        const unsigned char *row = row_at(run, key);
         for (int d = 0; d < head_dim; d += 4 * LANES) {
             UNROLL
             for (int i = 0; i < 4 * LANES; i += LANES)
-                _mm256_store_ps(wide + d + i, widen(rows + 2 * (d + i), dtype));
+                _mm256_store_ps(wide + d + i, widen(row + 2 * (d + i), dtype));
         }
     }
 }
 
-/* The next bytes to fetch, and how far from one fetch to the next; 0 where there is nothing. */
+/* The keys to fetch while a tile is scored: a walk over the blocks that hold them. */
 struct ahead {
-    const unsigned char *line;
-    int64_t step;
+    const void *const *block;
+    int left;       /* blocks behind it */
+    int step;       /* bytes from one fetch to the next; 0 where there is nothing to fetch */
+    int64_t offset; /* in the block */
+    int64_t block_bytes;
 };
+
+/* The line to begin with when fetches for `bytes` are next, which this counts. */
+static const unsigned char *take_ahead(struct ahead *a, int bytes) {
+    const unsigned char *line = (const unsigned char *)*a->block + a->offset;
+    a->offset += bytes;
+    if (a->offset >= a->block_bytes) {
+        a->offset -= a->block_bytes;
+        a->step = a->left > 0 ? a->step : 0;
+        a->block += a->left > 0;
+        a->left--;
+    }
+    return line;
+}
 
 /* The intrinsic leaves gcc free to let sums wander between registers; with 15 of 16 in use it then
  * spills some in every round. This form adds in place. */
@@ -126,13 +146,12 @@ INLINE void multiply_add(__m256 *sum, __m256 a, __m256 b) {
     __asm__("vfmadd231ps %2, %1, %0" : "+x"(*sum) : "x"(a), "x"(b));
 }
 
-/* The dot products of P groups with K keys, dot[i * P + g] for key i. */
+/* The dot products of P groups with K keys, dot[i * P + g] for key i. Meanwhile what lies at `line`
+ * and behind it is fetched. */
 INLINE void dots(float dot[CHAINS][LANES], const float *query, const float *keys, int head_dim,
-                 struct ahead *ahead, int P) {
+                 const unsigned char *line, int64_t step, int P) {
     const int K = CHAINS / P;
     const float *end = keys + head_dim;
-    const unsigned char *line = ahead->line;
-    const int64_t step = ahead->step;
     __m256 sum[CHAINS];
     UNROLL
     for (int i = 0; i < CHAINS; i++)
@@ -157,7 +176,6 @@ INLINE void dots(float dot[CHAINS][LANES], const float *query, const float *keys
             }
         }
     }
-    ahead->line = line;
     UNROLL
     for (int i = 0; i < CHAINS; i++)
         _mm256_store_ps(dot[i], sum[i]);
@@ -166,14 +184,14 @@ INLINE void dots(float dot[CHAINS][LANES], const float *query, const float *keys
 /* Functions of their own, so that nothing around them competes for registers. */
 TARGET __attribute__((noinline)) static void dots_1(float dot[CHAINS][LANES], const float *query,
                                                     const float *keys, int head_dim,
-                                                    struct ahead *ahead) {
-    dots(dot, query, keys, head_dim, ahead, 1);
+                                                    const unsigned char *line, int64_t step) {
+    dots(dot, query, keys, head_dim, line, step, 1);
 }
 
 TARGET __attribute__((noinline)) static void dots_2(float dot[CHAINS][LANES], const float *query,
                                                     const float *keys, int head_dim,
-                                                    struct ahead *ahead) {
-    dots(dot, query, keys, head_dim, ahead, 2);
+                                                    const unsigned char *line, int64_t step) {
+    dots(dot, query, keys, head_dim, line, step, 2);
 }
 
 /* The same of one key alone, for which a whole group would take half as long again. */
@@ -197,14 +215,17 @@ INLINE void panel(float sums[TILE][LANES], const float *query, const float *weig
                   const float *masks, const float *keys, struct ahead *ahead, int n, int head_dim,
                   int P) {
     const int K = CHAINS / P;
+    const int fetches = head_dim / (2 * P);
     float dot[CHAINS][LANES] __attribute__((aligned(64)));
     for (int j = 0; j < n; j += K) {
+        const int64_t step = ahead->step;
+        const unsigned char *line = take_ahead(ahead, fetches * ahead->step);
         if (n - j == 1)
             dots_of_one(dot, query, keys + j * PITCH, head_dim, P);
         else if (P == 2)
-            dots_2(dot, query, keys + j * PITCH, head_dim, ahead);
+            dots_2(dot, query, keys + j * PITCH, head_dim, line, step);
         else
-            dots_1(dot, query, keys + j * PITCH, head_dim, ahead);
+            dots_1(dot, query, keys + j * PITCH, head_dim, line, step);
         UNROLL
         for (int i = 0; i < K; i++) {
             __m256 sum = _mm256_load_ps(sums[j + i]);
@@ -240,31 +261,34 @@ INLINE __m256 add_lanes(float sums[][LANES]) {
                          _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
 }
 
-/* The tile to fetch while the one at block b is scored; without one, the same line again and again,
- * which is free. A panel issues a fetch every 2 P elements of every 12 / P keys: one for 48 bytes
- * of the tile, so n panels advance by 48 / n each time. */
-static struct ahead ahead_of(const struct key_run *run, int b, int panels) {
-    int next = b + FETCH_AHEAD, blocks = (run->n_keys + KEY_BLOCK - 1) / KEY_BLOCK;
-    if (next < blocks + run->n_ahead)
-        return (struct ahead){run->block[next], (48 + panels - 1) / panels};
-    return (struct ahead){run->block[b], 0};
+/* What to fetch while the tile at `key` is scored. A panel issues a fetch every 2 P elements of
+ * every 12 / P keys: one for 48 bytes of the tile, so n panels advance by 48 / n each time. */
+static struct ahead ahead_of(const struct key_run *run, int key, int panels) {
+    int next = key + FETCH_AHEAD, block = next / KEY_BLOCK;
+    int last = (run->n_keys - 1) / KEY_BLOCK + run->n_ahead;
+    struct ahead ahead = {.block = run->block, .block_bytes = KEY_BLOCK * run->row_stride};
+    if (block <= last) {
+        ahead.block += block;
+        ahead.left = last - block;
+        ahead.step = (48 + panels - 1) / panels;
+        ahead.offset = next % KEY_BLOCK * run->row_stride;
+    }
+    return ahead;
 }
 
-/* The keys of up to three blocks from block b on. */
+/* A tile of up to 24 keys. */
 INLINE void score_tile(float *score, const void *packed, int n_heads, int head_dim,
-                       const struct key_run *run, int b, int dtype) {
+                       const struct key_run *run, int key, int dtype) {
     const int groups = group_count(n_heads);
     const float *weights = packed, *masks = weights + groups * LANES;
     const float *query = masks + groups * LANES;
-    const int left = run->n_keys - b * KEY_BLOCK, n = left < TILE ? left : TILE;
+    const int left = run->n_keys - key, n = left < TILE ? left : TILE;
     const int whole = n + CHAINS < TILE ? n + CHAINS : TILE; /* panels work on groups of keys */
-    struct ahead ahead = ahead_of(run, b, (groups + 1) / 2);
+    struct ahead ahead = ahead_of(run, key, (groups + 1) / 2);
     float wide[TILE * PITCH] __attribute__((aligned(64)));
     float sums[TILE][LANES] __attribute__((aligned(64)));
     float scores[TILE] __attribute__((aligned(64)));
-    for (int j = 0; j < n; j += KEY_BLOCK)
-        widen_rows(wide + j * PITCH, run->block[b + j / KEY_BLOCK], run->row_stride,
-                   n - j < KEY_BLOCK ? n - j : KEY_BLOCK, head_dim, dtype);
+    widen_rows(wide, run, key, n, head_dim, dtype);
     for (int j = n; j < whole && n % CHAINS != 1; j++) /* 1: then a key is left alone */
         memset(wide + j * PITCH, 0, sizeof(float) * (size_t)head_dim);
     memset(sums, 0, sizeof sums[0] * (size_t)whole);
@@ -284,8 +308,8 @@ INLINE void score_tile(float *score, const void *packed, int n_heads, int head_d
 
 INLINE void score(float *out, const void *packed, int n_heads, int head_dim,
                   const struct key_run *run, int dtype) {
-    for (int b = 0; b * KEY_BLOCK < run->n_keys; b += TILE_BLOCKS)
-        score_tile(out + b * KEY_BLOCK, packed, n_heads, head_dim, run, b, dtype);
+    for (int key = 0; key < run->n_keys; key += TILE)
+        score_tile(out + key, packed, n_heads, head_dim, run, key, dtype);
 }
 
 TARGET static void pack_bf16(void *packed, const struct query_row *row) {
