@@ -264,9 +264,9 @@ static void take_layout(struct call *c, const char *name, torch_value argument, 
             known = 1;
         }
     if (!known && !c->error) {
-        snprintf(c->sentence, sizeof c->sentence,
-                 "%s is \"%.40s\"; it should be \"BSND\", \"TND\"%s", name, text,
-                 strcmp(name, "layout_key") == 0 ? " or \"PA_BSND\"" : "");
+        snprintf(c->sentence, sizeof c->sentence, "%s is \"%.40s\"; it should be %s", name, text,
+                 strcmp(name, "layout_key") == 0 ? "\"BSND\", \"TND\" or \"PA_BSND\""
+                                                 : "\"BSND\" or \"TND\"");
         c->error = c->sentence;
     }
     torch.delete_string(string);

@@ -32,29 +32,13 @@ struct checker {
     struct operand query, key, weights, query_lengths, key_lengths, table, indices, values;
 };
 
-int lidx_copy_sized(void *target, size_t target_size, const void *source, size_t minimum,
-                    const char *name) {
-    size_t size;
-    memcpy(&size, source, sizeof size);
-    if (size < minimum || size > 4096)
-        return lidx_fail(LIDX_ERR_ARGUMENT,
-                         "%s.size is %zu; it should be sizeof(struct %s), %zu in this version",
-                         name, size, name, target_size);
-    const unsigned char *bytes = source;
-    for (size_t i = target_size; i < size; i++)
-        if (bytes[i] != 0)
-            return lidx_fail(LIDX_ERR_ARGUMENT,
-                             "%s has a field at byte %zu that this version (%s) does not know; it "
-                             "should be zero",
-                             name, i, lidx_version());
-    memset(target, 0, target_size);
-    memcpy(target, source, size < target_size ? size : target_size);
-    return LIDX_OK;
-}
+static const char *const layout_names[] = {"BSND", "TND", "PA_BSND"}; /* by enum lidx_layout */
 
-static const char *layout_name(int layout) {
-    static const char *const names[] = {"BSND", "TND", "PA_BSND"};
-    return names[layout];
+static int refuse_layout(const char *name, int layout, const char *should_be) {
+    if (layout >= LIDX_BSND && layout <= LIDX_PA_BSND)
+        return lidx_fail(LIDX_ERR_LAYOUT, "%s is %s; it should be %s", name, layout_names[layout],
+                         should_be);
+    return lidx_fail(LIDX_ERR_LAYOUT, "%s is %d; it should be %s", name, layout, should_be);
 }
 
 static void format_shape(char text[TEXT], const int64_t *shape, int ndim) {
@@ -112,21 +96,32 @@ static int tensor_dtype(const struct lidx_tensor *t) {
     return DTYPE_COUNT;
 }
 
+/* Says "int64", or the numbers of a type that is not DLPack's of these kinds. */
+static int refuse_dtype(const struct operand *o, const char *should_be, const char *why) {
+    static const char *const kinds[] = {
+        [LIDX_INT] = "int", [LIDX_UINT] = "uint", [LIDX_FLOAT] = "float", [LIDX_BFLOAT] = "bfloat"};
+    unsigned code = o->tensor->dtype.code, bits = o->tensor->dtype.bits;
+    char is[TEXT];
+    if (code < sizeof kinds / sizeof kinds[0] && kinds[code])
+        snprintf(is, sizeof is, "%s%u", kinds[code], bits);
+    else
+        snprintf(is, sizeof is, "(code %u, %u bits)", code, bits);
+    return lidx_fail(LIDX_ERR_DTYPE, "%s has dtype %s; it should be %s%s", o->name, is, should_be,
+                     why);
+}
+
 static int check_float_dtype(struct operand *o, int query_dtype) {
     o->dtype = tensor_dtype(o->tensor);
     if (o->dtype == query_dtype || o->dtype == DTYPE_F32)
         return LIDX_OK;
-    return lidx_fail(
-        LIDX_ERR_DTYPE, "%s has dtype (code %d, %d bits); it should be query's (%s) or float32",
-        o->name, o->tensor->dtype.code, o->tensor->dtype.bits, lidx_dtypes[query_dtype].name);
+    return refuse_dtype(o, lidx_dtypes[query_dtype].name, ", as query, or float32");
 }
 
 static int check_int32(struct operand *o) {
     o->dtype = -1;
     if (o->tensor->dtype.code == LIDX_INT && o->tensor->dtype.bits == 32)
         return LIDX_OK;
-    return lidx_fail(LIDX_ERR_DTYPE, "%s has dtype (code %d, %d bits); it should be int32", o->name,
-                     o->tensor->dtype.code, o->tensor->dtype.bits);
+    return refuse_dtype(o, "int32", "");
 }
 
 static int element_bytes(const struct operand *o) {
@@ -197,16 +192,17 @@ static int check_shape(const struct operand *o, const int64_t *expected, const c
 static int check_options(const struct lidx_args *args) {
     int q = args->layout_query, k = args->layout_key;
     if (q != LIDX_BSND && q != LIDX_TND)
-        return lidx_fail(LIDX_ERR_LAYOUT, "layout_query is %d; it should be BSND (%d) or TND (%d)",
-                         q, LIDX_BSND, LIDX_TND);
+        return refuse_layout("layout_query", q, "BSND (0) or TND (1)");
     if (k != LIDX_BSND && k != LIDX_TND && k != LIDX_PA_BSND)
-        return lidx_fail(LIDX_ERR_LAYOUT,
-                         "layout_key is %d; it should be BSND (%d), TND (%d) or PA_BSND (%d)", k,
-                         LIDX_BSND, LIDX_TND, LIDX_PA_BSND);
+        return refuse_layout("layout_key", k, "BSND (0), TND (1) or PA_BSND (2)");
     if (k != LIDX_PA_BSND && k != q)
         return lidx_fail(LIDX_ERR_LAYOUT,
                          "layout_key is %s with layout_query %s; it should be %s or PA_BSND",
-                         layout_name(k), layout_name(q), layout_name(q));
+                         layout_names[k], layout_names[q], layout_names[q]);
+    if (args->block_table && k != LIDX_PA_BSND)
+        return lidx_fail(LIDX_ERR_ARGUMENT,
+                         "block_table is given with layout_key %s; it belongs to PA_BSND only",
+                         layout_names[k]);
     if (args->sparse_count < 1 || args->sparse_count > LIDX_MAX_TOP_K)
         return lidx_fail(LIDX_ERR_OPTION, "sparse_count is %d; it should be 1 to %d",
                          (int)args->sparse_count, LIDX_MAX_TOP_K);
@@ -223,9 +219,7 @@ static int check_query(struct checker *c) {
         return status;
     p->dtype = tensor_dtype(c->query.tensor);
     if (p->dtype != DTYPE_BF16 && p->dtype != DTYPE_FP16)
-        return lidx_fail(LIDX_ERR_DTYPE,
-                         "query has dtype (code %d, %d bits); it should be bfloat16 or float16",
-                         c->query.tensor->dtype.code, c->query.tensor->dtype.bits);
+        return refuse_dtype(&c->query, "bfloat16 or float16", "");
     c->query.dtype = p->dtype;
     const int64_t *shape = c->query.tensor->shape;
     int64_t heads = shape[packed ? 1 : 2], dim = shape[packed ? 2 : 3];
@@ -251,9 +245,7 @@ static int check_key(struct checker *c) {
         return status;
     c->key.dtype = tensor_dtype(c->key.tensor);
     if (c->key.dtype != p->dtype)
-        return lidx_fail(
-            LIDX_ERR_DTYPE, "key has dtype (code %d, %d bits); it should be query's, %s",
-            c->key.tensor->dtype.code, c->key.tensor->dtype.bits, lidx_dtypes[p->dtype].name);
+        return refuse_dtype(&c->key, lidx_dtypes[p->dtype].name, ", as query");
     const int64_t *shape = c->key.tensor->shape;
     int64_t expected[MAX_DIMS] = {shape[0], p->key_packed ? 1 : shape[1],
                                   p->key_packed ? p->head_dim : 1, p->head_dim};
@@ -327,13 +319,8 @@ static int check_table(struct checker *c) {
     struct problem *p = c->p;
     const struct lidx_tensor *t = c->args->block_table;
     int status;
-    if (c->args->layout_key != LIDX_PA_BSND) {
-        if (t)
-            return lidx_fail(LIDX_ERR_ARGUMENT,
-                             "block_table is given with layout_key %s; it belongs to PA_BSND only",
-                             layout_name(c->args->layout_key));
+    if (c->args->layout_key != LIDX_PA_BSND)
         return LIDX_OK;
-    }
     if ((status = check_structure(c, &c->table, "block_table", t, 2)) ||
         (status = check_int32(&c->table)))
         return status;
@@ -414,15 +401,15 @@ static int bind_data(struct checker *c) {
 }
 
 /* A list's values: lengths in 0..limit, or prefix sums that do not decrease and end in it. */
-static int check_length_values(const struct operand *o, int packed, int64_t limit) {
+static int check_length_values(const struct operand *o, int packed, int64_t limit,
+                               const char *limit_is) {
     const int32_t *list = o->data;
     int64_t floor = 0;
     for (int64_t b = 0; o->tensor && b < o->n_elements; b++) {
         if (list[b] < floor || list[b] > limit)
-            return lidx_fail(LIDX_ERR_VALUE, "%s[%lld] is %d; it should be %lld to %lld (%s)",
+            return lidx_fail(LIDX_ERR_VALUE, "%s[%lld] is %d; it should be %lld to %lld (%s%s)",
                              o->name, (long long)b, (int)list[b], (long long)floor,
-                             (long long)limit,
-                             packed ? "prefix sums up to all tokens" : "the size of the tensor");
+                             (long long)limit, packed ? "prefix sums up to " : "", limit_is);
         if (packed)
             floor = list[b];
     }
@@ -443,19 +430,20 @@ static int check_page_ids(const struct checker *c) {
         for (int64_t i = 0; i < needed; i++)
             if (row[i] < 0 || row[i] >= p->n_pages)
                 return lidx_fail(LIDX_ERR_VALUE,
-                                 "block_table[%lld][%lld] is %d; it should be 0 to %lld (key's "
-                                 "blocks)",
-                                 (long long)b, (long long)i, (int)row[i],
-                                 (long long)p->n_pages - 1);
+                                 "block_table[%lld][%lld] is %d; it should be one of key's %lld "
+                                 "blocks, counted from 0",
+                                 (long long)b, (long long)i, (int)row[i], (long long)p->n_pages);
     }
     return LIDX_OK;
 }
 
 static int check_values(const struct checker *c) {
     const struct problem *p = c->p;
+    const char *keys = p->page_size ? "the room of a row of block_table" : "the size of key";
     int status;
-    if ((status = check_length_values(&c->query_lengths, p->query_packed, p->n_query)) ||
-        (status = check_length_values(&c->key_lengths, p->key_packed, p->n_key)))
+    if ((status = check_length_values(&c->query_lengths, p->query_packed, p->n_query,
+                                      "the size of query")) ||
+        (status = check_length_values(&c->key_lengths, p->key_packed, p->n_key, keys)))
         return status;
     return check_page_ids(c);
 }

@@ -13,11 +13,6 @@ enum check_depth {
     CHECK_DATA   /* pointers too, and on the CPU the values of lists and tables */
 };
 
-/* Copies a caller's struct of `size` bytes (its first field) into `target` of `target_size`
- * bytes: what an older caller lacks is zero, what a newer one adds must be zero. */
-int lidx_copy_sized(void *target, size_t target_size, const void *source, size_t minimum,
-                    const char *name);
-
 /* `args` is of this version's size. `device` is the one that all tensors are on. */
 int lidx_check(const struct lidx_args *args, enum check_depth depth, struct problem *p,
                struct lidx_device *device);

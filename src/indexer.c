@@ -59,6 +59,28 @@ int lidx_kernel_info(int index, struct lidx_kernel_info *info) {
                      lidx_kernel_count() - 1);
 }
 
+/* Copies a caller's struct of `size` bytes (its first field) into `target` of `target_size`
+ * bytes: what an older caller lacks is zero, what a newer one adds must be zero. */
+static int copy_sized(void *target, size_t target_size, const void *source, size_t minimum,
+                      const char *name) {
+    size_t size;
+    memcpy(&size, source, sizeof size);
+    if (size < minimum || size > 4096)
+        return lidx_fail(LIDX_ERR_ARGUMENT,
+                         "%s.size is %zu; it should be sizeof(struct %s), %zu in this version",
+                         name, size, name, target_size);
+    const unsigned char *bytes = source;
+    for (size_t i = target_size; i < size; i++)
+        if (bytes[i] != 0)
+            return lidx_fail(LIDX_ERR_ARGUMENT,
+                             "%s has a field at byte %zu that this version (%s) does not know; it "
+                             "should be zero",
+                             name, i, lidx_version());
+    memset(target, 0, target_size);
+    memcpy(target, source, size < target_size ? size : target_size);
+    return LIDX_OK;
+}
+
 /* A forced kernel must exist in this build and run on this machine. */
 static int check_kernel_name(const char *name) {
     char known[256] = "";
@@ -81,7 +103,7 @@ static int resolve_options(struct lidx_options *resolved, const struct lidx_opti
     *resolved = (struct lidx_options)LIDX_OPTIONS_INIT;
     if (options) {
         int status =
-            lidx_copy_sized(resolved, sizeof *resolved, options, OPTIONS_MINIMUM, "lidx_options");
+            copy_sized(resolved, sizeof *resolved, options, OPTIONS_MINIMUM, "lidx_options");
         if (status)
             return status;
     }
@@ -137,7 +159,7 @@ static int prepare(struct lidx_context *context, const struct lidx_args **args,
         return lidx_fail(LIDX_ERR_ARGUMENT, "%s is NULL; it is a required argument",
                          context ? "args" : "context");
     if ((*args)->size != sizeof **args) {
-        status = lidx_copy_sized(copy, sizeof *copy, *args, ARGS_MINIMUM, "lidx_args");
+        status = copy_sized(copy, sizeof *copy, *args, ARGS_MINIMUM, "lidx_args");
         *args = copy;
     }
     if (status || (status = lidx_check(*args, depth, p, device)))

@@ -100,19 +100,25 @@ static void check_sizes(int pair) {
 }
 
 static void check_types(int pair) {
-    static const struct lidx_dtype wrong_types[] = {
-        {LIDX_INT, 64, 1},   {LIDX_INT, 8, 1},   {LIDX_UINT, 32, 1}, {LIDX_FLOAT, 64, 1},
-        {LIDX_BFLOAT, 8, 1}, {LIDX_FLOAT, 0, 1}, {10, 8, 1},         {99, 16, 1},
-        {LIDX_FLOAT, 16, 1}, {LIDX_UINT, 16, 1}};
+    static const struct {
+        struct lidx_dtype dtype;
+        const char *name;
+    } wrong[] = {{{LIDX_INT, 64, 1}, "int64"},     {{LIDX_INT, 8, 1}, "int8"},
+                 {{LIDX_UINT, 32, 1}, "uint32"},   {{LIDX_FLOAT, 64, 1}, "float64"},
+                 {{LIDX_BFLOAT, 8, 1}, "bfloat8"}, {{LIDX_FLOAT, 0, 1}, "float0"},
+                 {{10, 8, 1}, "code 10, 8 bits"},  {{99, 16, 1}, "code 99, 16 bits"},
+                 {{LIDX_FLOAT, 16, 1}, "float16"}, {{LIDX_UINT, 16, 1}, "uint16"}};
     struct call c;
     for (int which = 0; which < N_TENSORS; which++) {
         for (int i = 0; i < 10 && is_used(pair, which); i++) {
             valid_call(&c, pair);
-            c.t[which].dtype = wrong_types[i];
+            c.t[which].dtype = wrong[i].dtype;
             if (which == Q && i == 8) /* a float16 query is fine; the others are then wrong */
                 refuse(context, &c, LIDX_ERR_DTYPE, "key", say("float16", pair, which));
             else
                 refuse_tensor(&c, pair, which, LIDX_ERR_DTYPE, "wrong dtype");
+            CHECK(strstr(lidx_last_error(), wrong[i].name), "\"%s\" says what the dtype was",
+                  lidx_last_error());
         }
         if (!is_used(pair, which))
             continue;
@@ -243,7 +249,8 @@ static void check_layouts(void) {
     for (int i = 0; i < 5; i++) {
         valid_call(&c, BSND_BSND);
         c.args.layout_query = bad_query[i];
-        refuse(context, &c, LIDX_ERR_LAYOUT, "layout_query", "layout_query");
+        refuse(context, &c, LIDX_ERR_LAYOUT,
+               i ? "layout_query" : "layout_query is PA_BSND; it should be BSND", "layout_query");
         if (i == 0)
             continue;
         valid_call(&c, BSND_BSND);
@@ -256,6 +263,11 @@ static void check_layouts(void) {
     valid_call(&c, TND_TND);
     c.args.layout_key = LIDX_BSND;
     refuse(context, &c, LIDX_ERR_LAYOUT, "layout_key", "TND with BSND");
+    /* Who forgets the layout should hear of that, not of a shape. */
+    valid_call(&c, BSND_PA);
+    c.args.layout_key = LIDX_BSND;
+    refuse(context, &c, LIDX_ERR_ARGUMENT, "block_table is given with layout_key BSND",
+           "pages and their table without PA_BSND");
 }
 
 static void check_pages(int pair) {
@@ -280,9 +292,12 @@ static void check_pages(int pair) {
     valid_call(&c, pair);
     c.key_list[1] = BLOCK * COLUMNS + 1;
     refuse_tensor(&c, pair, KL, LIDX_ERR_VALUE, "longer than the table");
+    CHECK(strstr(lidx_last_error(), "block_table"), "\"%s\" names what is too short",
+          lidx_last_error());
     valid_call(&c, pair);
     c.shape[K][0] = 0;
-    refuse(context, &c, LIDX_ERR_VALUE, "block_table", say("no pages", pair, K));
+    refuse(context, &c, LIDX_ERR_VALUE,
+           "block_table[0][0] is 0; it should be one of key's 0 blocks", say("no pages", pair, K));
 }
 
 static void check_unpaged_table(int pair) {

@@ -23,6 +23,10 @@ def swap(case, position, tensor):
     return case
 
 
+def cast(position, dtype):
+    return swap(Case(), position, Case().tensors[position].to(dtype))
+
+
 def listed(case, position, tensor):
     case.lists[position] = tensor
     return case
@@ -46,28 +50,30 @@ def int32(*values):
 
 BAD = {
     "query has 3 dimensions; it should have 4": lambda: swap(Case(), 0, Case().tensors[0][0]),
-    "query has dtype": lambda: swap(Case(), 0, Case().tensors[0].double()),
+    "query has dtype float64; it should be bfloat16 or float16": lambda: cast(0, torch.float64),
     "query has 129 heads": lambda: Case(heads=129),
     "query has head dimension 96": lambda: Case(dim=96),
     "query has stride": lambda: swap(Case(), 0, Case(heads=8).tensors[0][:, :, ::2]),
-    "key has dtype": lambda: swap(Case(), 1, Case().tensors[1].half()),
+    "key has dtype float16; it should be bfloat16, as query": lambda: cast(1, torch.float16),
     "key has shape": lambda: swap(Case(), 1, Case().tensors[1][:1]),
     "key has stride": lambda: swap(Case(), 1, Case(dim=128).tensors[1][..., ::2]),
-    "weights has dtype": lambda: swap(Case(), 2, Case().tensors[2].double()),
+    "weights has dtype float64; it should be bfloat16, as query, or float32": lambda: cast(2, torch.float64),
     "weights has shape": lambda: swap(Case(), 2, Case().tensors[2][:, :2]),
     "actual_seq_lengths_query is missing": lambda: listed(Case(("TND", "TND")), 0, None),
     "actual_seq_lengths_key is missing": lambda: listed(Case(("TND", "PA_BSND")), 1, None),
     r"actual_seq_lengths_query\[0\] is -1": lambda: listed(Case(), 0, int32(-1, 2)),
     r"actual_seq_lengths_key\[1\] is 41": lambda: listed(Case(), 1, int32(40, 41)),
     r"actual_seq_lengths_key\[1\] is 9": lambda: listed(Case(("TND", "TND")), 1, int32(40, 9)),
-    "actual_seq_lengths_key has dtype": lambda: listed(Case(), 1, torch.tensor([40, 33])),
+    "actual_seq_lengths_key has dtype int64; it should be int32": lambda: listed(
+        Case(), 1, torch.tensor([40, 33])
+    ),
     "block_table is missing": lambda: paged(lambda table: None),
     r"block_table\[0\]\[0\] is 999": lambda: paged(lambda table: table * 0 + 999),
     "block_table has shape": lambda: paged(lambda table: table[:1]),
-    'layout_query is "BNSD"': lambda: optioned(layout_query="BNSD"),
-    'layout_key is "pa"': lambda: optioned(layout_key="pa"),
+    'layout_query is "BNSD"; it should be "BSND" or "TND"': lambda: optioned(layout_query="BNSD"),
+    'layout_key is "pa"; it should be "BSND", "TND" or "PA_BSND"': lambda: optioned(layout_key="pa"),
     "layout_key is TND with layout_query BSND": lambda: optioned(layout_key="TND"),
-    "layout_query is 2": lambda: optioned(layout_query="PA_BSND"),
+    "layout_query is PA_BSND; it should be BSND": lambda: optioned(layout_query="PA_BSND"),
     "sparse_count is 0": lambda: optioned(sparse_count=0),
     "sparse_count is 8193": lambda: optioned(sparse_count=8193),
     "sparse_count is 4294967304": lambda: optioned(sparse_count=2**32 + 8),

@@ -8,10 +8,11 @@ import threading
 
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
-# enum lidx_device_type, lidx_type_code and lidx_layout; the same numbers as DLPack's.
+# enum lidx_device_type, lidx_type_code (the same numbers as DLPack's), lidx_layout and lidx_limit.
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
 INT, UINT, FLOAT, BFLOAT = 0, 1, 2, 4
 LAYOUTS = {"BSND": 0, "TND": 1, "PA_BSND": 2}
+MAX_HEADS, MAX_SPARSE_COUNT = 128, 8192
 
 
 def with_defaults(layout_query, layout_key, sparse_count, sparse_mode):

@@ -4,7 +4,8 @@ answer to what topk gives. See transformers.py."""
 
 import torch
 
-MAX_HEADS, MAX_TOP_K = 128, 8192
+from ._library import MAX_HEADS, MAX_SPARSE_COUNT
+
 RESCORE_ELEMENTS = 1 << 25  # of the keys that are gathered at once
 HIDDEN = -1e30  # a mask that adds or writes less than this hides a key
 
@@ -45,7 +46,7 @@ def select(state, scores, k):
     """Indices as topk gives them, or None when the operator does not take this."""
     n_heads, dim = scores.query.shape[2:]
     n_key = scores.key.shape[1]
-    if n_heads > MAX_HEADS or dim > 128 or not 1 <= k <= min(MAX_TOP_K, n_key):
+    if n_heads > MAX_HEADS or dim > 128 or not 1 <= k <= min(MAX_SPARSE_COUNT, n_key):
         return None
     visible = None if scores.mask is None else state.visible(scores.mask)
     if visible is not None and not visible.expressible:
@@ -53,7 +54,7 @@ def select(state, scores, k):
     state.selections += 1
     if _is_sixteen_bit(scores):
         return _run(scores, visible, k, scores.key.dtype)
-    candidates = _run(scores, visible, min(2 * k + 64, MAX_TOP_K, n_key), state.dtype)
+    candidates = _run(scores, visible, min(2 * k + 64, MAX_SPARSE_COUNT, n_key), state.dtype)
     return _rescore(scores, candidates, k)
 
 

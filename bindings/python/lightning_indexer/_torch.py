@@ -18,11 +18,11 @@ import sys
 import torch
 
 from . import _library
+from ._library import MAX_SPARSE_COUNT
 
 OPS = ("lightning_indexer", "npu_lightning_indexer")
 NAMESPACE = "lightning_indexer"
 OWNERS_OF_NPU = ("torch_npu", "sgl_kernel_npu")
-MAX_SPARSE_COUNT = 8192
 
 # Once they are registered: torch.ops.lightning_indexer.lightning_indexer.default, and the function in
 # torch's C++ that stands behind ._dense.default, which torch.compile cannot trace; None where this
@@ -117,7 +117,7 @@ def _fake_indices(
     rank = 3 if layout_query == "TND" else 4
     torch._check(
         layout_query in ("BSND", "TND"),
-        lambda: f'layout_query is "{layout_query}"; it should be "BSND", "TND"',
+        lambda: f'layout_query is "{layout_query}"; it should be "BSND" or "TND"',
     )
     torch._check(
         query.dim() == rank,
