@@ -157,8 +157,24 @@ def test_errors():
     }.items():
         with pytest.raises(RuntimeError, match=f"^{name} is missing; it is a required argument"):
             call(*arrays)
-    with pytest.raises(TypeError, match="list is not an array"):
+    for name, value in (("sparse_count", 2.7), ("sparse_mode", "3")):
+        with pytest.raises(TypeError, match=f"{name} is {value!r}; it should be a whole number"):
+            call(query, key, weights, **{name: value})
+    with pytest.raises(TypeError, match="key is a list; it should be a torch.Tensor"):
         call(query, [1, 2], weights)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_arrays_of_the_other_byte_order_are_refused(dtype):
+    """Their memory is not what it says in this machine's order: the answer would be wrong."""
+    if dtype == "bfloat16":
+        dtype = needs("ml_dtypes").bfloat16
+    arrays = dict(zip(("query", "key", "weights"), arguments(dtype)))
+    arrays["actual_seq_lengths_key"] = numpy.array([1, 50], "int32")
+    for name, array in arrays.items():
+        swapped = array.view(array.dtype.newbyteorder())
+        with pytest.raises(RuntimeError, match=f"^{name} has dtype .* bytes in the other order"):
+            lightning_indexer.lightning_indexer(**{**arrays, name: swapped})
 
 
 def test_threads_have_contexts_of_their_own():

@@ -127,7 +127,8 @@ def lightning_indexer(
         With a sentence that names the argument, what it was and what it should be. On a CUDA
         device the values of lengths and tables are not read on the host: they are clamped there.
     TypeError
-        When an argument is no array at all.
+        When an argument is no array at all, or an option no whole number (with torch tensors,
+        torch itself raises a RuntimeError).
 
     Threads: any may call; each has a context of its own, up to 4 MiB for each CPU thread that
     works for it. For torch tensors that is `torch.get_num_threads()`, else OpenMP's default.

@@ -6,11 +6,13 @@ memory; the `Borrowed` that holds it keeps the array, or its DLPack capsule, ali
 """
 
 import ctypes
+import operator
 
 import numpy
 
 from . import _library
-from ._library import BFLOAT, CPU, CUDA, CUDA_MANAGED, FLOAT, INT, UINT, LAYOUTS, Args, Tensor
+from ._library import BFLOAT, CPU, CUDA, CUDA_MANAGED, FLOAT, INT, UINT, LAYOUTS, MAX_SPARSE_COUNT
+from ._library import Args, Tensor
 
 _KINDS = {"f": FLOAT, "i": INT, "u": UINT}
 
@@ -23,7 +25,7 @@ class Borrowed:
         self.alive = alive
 
 
-def _from_numpy(array):
+def _from_numpy(name, array):
     tensor = Tensor(data=array.ctypes.data, ndim=array.ndim)
     tensor.device.device_type = CPU
     # ml_dtypes' bfloat16 has no kind of its own; its name tells it.
@@ -33,7 +35,15 @@ def _from_numpy(array):
     tensor.dtype.lanes = 1
     item = max(array.dtype.itemsize, 1)
     if any(stride % item for stride in array.strides):
-        raise RuntimeError("a stride is not a multiple of the element's size")
+        raise RuntimeError(
+            f"{name} has strides {array.strides} in bytes; they should be multiples of its "
+            f"element's size, {item}"
+        )
+    if not array.dtype.isnative:
+        raise RuntimeError(
+            f"{name} has dtype {array.dtype.str}, its bytes in the other order; it should be in this "
+            "machine's (array.astype(array.dtype.newbyteorder('=')))"
+        )
     shape = (ctypes.c_int64 * max(array.ndim, 1))(*array.shape)
     strides = (ctypes.c_int64 * max(array.ndim, 1))(*(s // item for s in array.strides))
     tensor.shape = ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64))
@@ -55,16 +65,16 @@ def _from_dlpack(array, stream):
     return Borrowed(tensor, array, capsule)
 
 
-def _borrow(array, stream):
+def _borrow(name, array, stream):
     if array is None:
         return None
     if isinstance(array, numpy.ndarray):
-        return _from_numpy(array)
+        return _from_numpy(name, array)
     if hasattr(array, "__dlpack__"):
         return _from_dlpack(array, stream)
     raise TypeError(
-        f"{type(array).__name__} is not an array: it should be a torch.Tensor, a numpy.ndarray, "
-        "or have __dlpack__"
+        f"{name} is a {type(array).__name__}; it should be a torch.Tensor, a numpy.ndarray, or "
+        "have __dlpack__"
     )
 
 
@@ -83,8 +93,8 @@ class _NumpyMaker:
     def empty(self, shape, dtype):
         return numpy.empty(shape, dtype)
 
-    def borrow(self, array):
-        return _from_numpy(array)
+    def borrow(self, name, array):
+        return _from_numpy(name, array)
 
 
 class _CupyMaker:
@@ -100,7 +110,7 @@ class _CupyMaker:
     def empty(self, shape, dtype):
         return self.cupy.empty(shape, dtype)
 
-    def borrow(self, array):
+    def borrow(self, name, array):
         return _from_dlpack(array, self.stream)
 
 
@@ -125,16 +135,17 @@ def _maker(query):
 
 
 def _layout(name, text):
-    if text not in LAYOUTS:
-        raise RuntimeError(
-            f'{name} is "{text}"; it should be "BSND", "TND"'
-            + (' or "PA_BSND"' if name == "layout_key" else "")
-        )
+    if not isinstance(text, str) or text not in LAYOUTS:
+        allowed = '"BSND", "TND" or "PA_BSND"' if name == "layout_key" else '"BSND" or "TND"'
+        raise RuntimeError(f'{name} is "{text}"; it should be {allowed}')
     return LAYOUTS[text]
 
 
 def _int32(name, value, should_be):
-    value = int(value)
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; it should be a whole number, {should_be}") from None
     if not -(2**31) <= value < 2**31:
         raise RuntimeError(f"{name} is {value}; it should be {should_be}")
     return value
@@ -143,7 +154,7 @@ def _int32(name, value, should_be):
 def _output_shape(query, layout_query, sparse_count):
     """None where query's shape and the options do not say it; the library then says why."""
     shape = tuple(query.tensor.shape[i] for i in range(query.tensor.ndim))
-    if len(shape) != (3 if layout_query == "TND" else 4) or not 1 <= sparse_count <= 8192:
+    if len(shape) != (3 if layout_query == "TND" else 4) or not 1 <= sparse_count <= MAX_SPARSE_COUNT:
         return None
     return (*shape[:-2], 1, sparse_count)
 
@@ -171,20 +182,20 @@ def lightning_indexer(
         "actual_seq_lengths_key": actual_seq_lengths_key,
         "block_table": block_table,
     }
-    borrowed = {name: _borrow(array, maker.stream) for name, array in arrays.items()}
+    borrowed = {name: _borrow(name, array, maker.stream) for name, array in arrays.items()}
     args = Args(size=ctypes.sizeof(Args))
     args.layout_query = _layout("layout_query", layout_query)
     args.layout_key = _layout("layout_key", layout_key)
-    args.sparse_count = _int32("sparse_count", sparse_count, "1 to 8192")
+    args.sparse_count = _int32("sparse_count", sparse_count, f"1 to {MAX_SPARSE_COUNT}")
     args.sparse_mode = _int32("sparse_mode", sparse_mode, "0 or 3")
     outputs = []
     shape = _output_shape(borrowed["query"], layout_query, args.sparse_count)
     if shape:
         outputs.append(maker.empty(shape, "int32"))
-        borrowed["sparse_indices"] = maker.borrow(outputs[0])
+        borrowed["sparse_indices"] = maker.borrow("sparse_indices", outputs[0])
         if return_values:
             outputs.append(maker.empty(shape, "float32"))
-            borrowed["sparse_values"] = maker.borrow(outputs[1])
+            borrowed["sparse_values"] = maker.borrow("sparse_values", outputs[1])
     for name, holder in borrowed.items():
         if holder:
             setattr(args, name, ctypes.pointer(holder.tensor))
@@ -203,7 +214,7 @@ def _give_workspace(args, context, maker):
     )
     # CuPy's pool hands memory on in stream order, so dropping this after the run is safe.
     memory = maker.empty((max(size.value, 1),), "uint8")
-    borrowed = maker.borrow(memory)
+    borrowed = maker.borrow("workspace", memory)
     args.workspace = borrowed.tensor.data
     args.workspace_size = size.value
     args.stream = None if maker.stream == 1 else maker.stream
