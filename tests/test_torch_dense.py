@@ -5,7 +5,7 @@ where no list, layout or mode is given and torch does not look at calls."""
 import re
 
 import pytest
-from torch_cases import OP, Case, torch
+from torch_cases import OP, Case, run_python, torch
 
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -165,3 +165,34 @@ def test_other_tensors_and_modes():
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [mode.from_tensor(tensor) for tensor in (query, key, weights)]
         assert lightning_indexer(*fakes).shape == expected.shape
+
+
+# The short way rests on names that are private to torch.
+HOLES = {
+    "is_dynamo_compiling": "del torch.compiler.is_dynamo_compiling",
+    "_len_torch_dispatch_stack": "del torch._C._len_torch_dispatch_stack",
+    "_is_tracing": "del torch._C._is_tracing",
+    "_op": "torch.ops.lightning_indexer.__dict__['_dense'] = types.SimpleNamespace(default=None)",
+}
+
+
+@pytest.mark.parametrize("hole", HOLES.values(), ids=HOLES)
+def test_a_torch_without_a_private_name_goes_by_the_operator(hole):
+    run_python(
+        f"""
+        import types, torch
+        {hole}
+        import lightning_indexer
+        from lightning_indexer import _torch, lightning_indexer as function
+        assert _torch.dense is None
+        query, key = torch.randn(1, 2, 4, 64).half(), torch.randn(1, 9, 1, 64).half()
+        weights = torch.ones(1, 2, 4)
+        calls = []
+        overload = _torch.overload
+        _torch.overload = lambda *arguments: calls.append(1) or overload(*arguments)
+        for options in ({{}}, {{"sparse_count": 5}}):
+            expected = torch.ops.lightning_indexer.lightning_indexer(query, key, weights, **options)
+            assert torch.equal(function(query, key, weights, **options), expected)
+        assert len(calls) == 2
+        """
+    )
