@@ -112,7 +112,7 @@ BAD_FILES = {
     ),
     "metadata layout": (
         damaged_header(lambda h: h.update(__metadata__={"layout_key": "ABC"})),
-        "layout_key",
+        'layout_key "ABC"; it should be BSND | TND | PA_BSND',
     ),
     "escape codes": (damaged_header(entry("query", dtype="\x1b[31m\n")), "dtype"),
 }
@@ -235,7 +235,7 @@ def valued(name, numbers):
         (valued("block_table", [0]), [], ["key"]),
         (None, ["--layout-query", "TND"], ["layout_key", "TND"]),
         (None, ["--layout-query", "TND", "--layout-key", "TND"], ["query", "dimensions"]),
-        (None, ["--layout-query", "PA_BSND"], ["layout_query"]),
+        (None, ["--layout-query", "PA_BSND"], ["--layout-query", "BSND | TND"]),
         (None, ["--layout-key", "TND"], ["layout_key"]),
         (None, ["--layout-key", "PA_BSND"], ["block_size"]),
         (None, ["--kernel", "abacus"], ["kernel", "abacus", "scalar"]),

@@ -10,6 +10,7 @@
 #include "numbers.h"
 
 const char *const layout_names[] = {"BSND", "TND", "PA_BSND", NULL};
+static const char *const query_layout_names[] = {"BSND", "TND", NULL};
 static const char *const device_names[] = {"cpu", "cuda", NULL};
 static const char *const mode_names[] = {"0", "3", NULL};
 static const char *const operand_names[N_OPERANDS] = {
@@ -26,8 +27,8 @@ const struct option operation_options[] = {
     {.name = "layout-query",
      .kind = OPTION_CHOICE,
      .target = &wanted.layout_query,
-     .choices = layout_names,
-     .help = "of query, weights and the outputs (not PA_BSND)"},
+     .choices = query_layout_names,
+     .help = "of query, weights and the outputs"},
     {.name = "layout-key",
      .kind = OPTION_CHOICE,
      .target = &wanted.layout_key,
@@ -49,7 +50,7 @@ const struct option operation_options[] = {
      .kind = OPTION_CHOICE,
      .target = &wanted.device,
      .choices = device_names,
-     .help = "where to run (default cpu)"},
+     .help = "cpu, where a file's tensors are; the library and torch have cuda"},
     {.name = NULL},
 };
 
@@ -177,10 +178,12 @@ static int choose(const struct operation *operation, const struct safetensors *r
     if (!text)
         return EXIT_FINE;
     *choice = parse_choice(text, choices);
-    if (*choice < 0)
-        return refuse("%s: __metadata__ has %s \"%.40s\", which is not a value of it",
-                      operation->file.path, name, text);
-    return EXIT_FINE;
+    if (*choice >= 0)
+        return EXIT_FINE;
+    char allowed[64];
+    join_choices(allowed, sizeof allowed, choices);
+    return refuse("%s: __metadata__ has %s \"%.40s\"; it should be %s", operation->file.path, name,
+                  text, allowed);
 }
 
 static int choose_count(struct operation *operation, const struct safetensors *result) {
@@ -207,7 +210,7 @@ static int resolve_choices(struct operation *operation, const struct safetensors
     int by_query = args->query->ndim == 3 ? LIDX_TND : LIDX_BSND;
     int by_key = args->block_table ? LIDX_PA_BSND : args->key->ndim == 3 ? LIDX_TND : LIDX_BSND;
     int status, mode;
-    if ((status = choose(operation, NULL, "layout_query", wanted.layout_query, layout_names,
+    if ((status = choose(operation, NULL, "layout_query", wanted.layout_query, query_layout_names,
                          by_query, &args->layout_query)) ||
         (status = choose(operation, NULL, "layout_key", wanted.layout_key, layout_names, by_key,
                          &args->layout_key)) ||

@@ -35,7 +35,7 @@ const char *next_item(const char *list, char *item, int size) {
     return list + length + (list[length] == ',');
 }
 
-static void join(char *text, size_t size, const char *const *choices) {
+void join_choices(char *text, size_t size, const char *const *choices) {
     size_t used = 0;
     text[0] = 0;
     for (int i = 0; choices[i] && used < size; i++)
@@ -46,7 +46,7 @@ static void print_option(const struct option *option) {
     char left[NAME * 2], choices[NAME];
     const char *value = option->value ? option->value : "";
     if (option->kind == OPTION_CHOICE) {
-        join(choices, sizeof choices, option->choices);
+        join_choices(choices, sizeof choices, option->choices);
         value = choices;
     }
     if (option->letter)
@@ -114,7 +114,7 @@ static int store(const struct option *option, const char *value) {
             *(int *)option->target = choice;
             return -1;
         }
-        join(choices, sizeof choices, option->choices);
+        join_choices(choices, sizeof choices, option->choices);
         return refuse("--%s is \"%.40s\"; it should be %s", option->name, value, choices);
     }
     return -1;

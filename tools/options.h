@@ -5,6 +5,7 @@
 #ifndef LIDX_OPTIONS_H
 #define LIDX_OPTIONS_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 enum option_kind {
@@ -45,6 +46,9 @@ int parse_integer(const char *text, int64_t low, int64_t high, int64_t *value);
 
 /* The index of `text` in `choices`, or -1. */
 int parse_choice(const char *text, const char *const *choices);
+
+/* "BSND | TND", as --help and refusals have it. */
+void join_choices(char *text, size_t size, const char *const *choices);
 
 /* Copies the next item of a comma-separated list, cut to `size`; returns where the rest begins, or
  * NULL when there was none left. */
