@@ -8,7 +8,7 @@
 
 #include "../src/cpu/plan.h"
 
-enum { MOST_BATCH = 9 };
+enum { MOST_BATCH = 200 };
 
 struct layout {
     struct problem p;
@@ -20,7 +20,7 @@ static void random_layout(struct layout *l, struct rng *rng, int64_t most_query,
     memset(l, 0, sizeof *l);
     struct problem *p = &l->p;
     p->sparse_mode = rng_below(rng, 3) ? 3 : 0;
-    p->n_batch = rng_between(rng, 0, MOST_BATCH);
+    p->n_batch = rng_between(rng, 0, 9);
     p->query_packed = (int32_t)rng_below(rng, 2);
     p->key_packed = p->query_packed && rng_below(rng, 2);
     p->query_lengths = l->query_lengths;
@@ -164,6 +164,24 @@ static void check_plan(const struct problem *p, struct rng *rng, const char *wha
     guard_free(&cut);
 }
 
+/* Decode: a token for each batch, so that blocks are found without a walk, cut or not. */
+static void check_decode(struct rng *rng) {
+    int32_t query_lengths[MOST_BATCH], key_lengths[MOST_BATCH];
+    int64_t n_batch = rng_between(rng, 1, MOST_BATCH), most_key = rng_below(rng, 2) ? 3000 : 300;
+    struct problem p = {.n_batch = n_batch,
+                        .n_query = n_batch,
+                        .n_key = most_key,
+                        .query_packed = 1,
+                        .sparse_mode = 3,
+                        .query_lengths = query_lengths,
+                        .key_lengths = key_lengths};
+    for (int b = 0; b < n_batch; b++) {
+        query_lengths[b] = b + 1;
+        key_lengths[b] = (int32_t)rng_between(rng, 0, rng_below(rng, 9) ? 300 : most_key);
+    }
+    check_plan(&p, rng, "decode");
+}
+
 /* Rows without keys still need a block, which writes their -1. */
 static void check_empty_rows(void) {
     struct rng rng = rng_seed(3);
@@ -214,6 +232,8 @@ int main(void) {
         random_layout(&l, &rng, rng_below(&rng, 2) ? 40 : 1, most_key);
         snprintf(what, sizeof what, "plan %ld", c);
         check_plan(&l.p, &rng, what);
+        if (c % 10 == 0)
+            check_decode(&rng);
     }
     check_empty_rows();
     check_large();

@@ -46,17 +46,29 @@ static int64_t block_count(const struct plan *plan, const struct extent *e) {
     return e->n_query > plan->rows ? divide_up(e->n_query, plan->rows) : e->n_query > 0;
 }
 
-/* Tokens with at least one key to score, and keys x rows over all batches. */
-static void measure(const struct problem *p, int64_t *tokens, int64_t *work) {
-    *tokens = *work = 0;
+/* What one walk over all batches finds out. */
+struct sums {
+    int64_t tokens;     /* with at least one key to score */
+    int64_t work;       /* keys x rows */
+    int64_t batches;    /* that have tokens */
+    int64_t most_query; /* tokens of a batch */
+    int64_t most_work;  /* keys x rows of a block, were it of PLAN_ROWS rows */
+};
+
+static struct sums measure(const struct problem *p) {
+    struct sums s = {0};
     for (int64_t b = 0; b < p->n_batch; b++) {
         struct extent e = lidx_extent(p, b);
         int64_t last = e.n_query ? lidx_visible(p, &e, e.n_query - 1) : 0;
         int64_t first = e.n_query ? lidx_visible(p, &e, 0) : 0;
-        *tokens += last ? e.n_query : 0;
-        *work += (first + last) * smaller(e.n_query, last - first + 1) / 2 +
-                 (p->sparse_mode == 0 && e.n_query > 1 ? last * (e.n_query - 1) : 0);
+        s.tokens += last ? e.n_query : 0;
+        s.work += (first + last) * smaller(e.n_query, last - first + 1) / 2 +
+                  (p->sparse_mode == 0 && e.n_query > 1 ? last * (e.n_query - 1) : 0);
+        s.batches += e.n_query > 0;
+        s.most_query = larger(s.most_query, e.n_query);
+        s.most_work = larger(s.most_work, last * smaller(e.n_query, PLAN_ROWS));
     }
+    return s;
 }
 
 /* Walks over all blocks; notes those that are cut as long as there is room. */
@@ -86,23 +98,27 @@ static int64_t count_blocks(const struct plan *plan) {
 
 void lidx_plan_build(struct plan *plan, const struct problem *p, const struct plan_limits *limits,
                      struct plan_block *cut) {
-    int64_t tokens, work, workers = limits->n_workers;
-    measure(p, &tokens, &work);
-    int64_t rows = larger(tokens / (BLOCKS_PER_WORKER * workers), limits->rows_wanted);
+    const struct sums all = measure(p);
+    int64_t workers = limits->n_workers;
+    int64_t rows = larger(all.tokens / (BLOCKS_PER_WORKER * workers), limits->rows_wanted);
     plan->p = p;
     plan->cut = cut;
     plan->rows = (int)smaller(rows, limits->rows);
     plan->n_workers = limits->n_workers;
-    plan->n_blocks = count_blocks(plan);
+    plan->n_blocks = all.most_query <= plan->rows ? all.batches : count_blocks(plan);
     plan->piece_work = INT64_MAX / 2;
-    if (workers > 1 && work > SERIAL_WORK)
+    if (workers > 1 && all.work > SERIAL_WORK)
         plan->piece_work =
-            larger(work / (PIECES_PER_WORKER * workers),
-                   tokens == 1 ? PIECE_ROW_KEYS : PIECE_KEYS * smaller(plan->rows, tokens));
+            larger(all.work / (PIECES_PER_WORKER * workers),
+                   all.tokens == 1 ? PIECE_ROW_KEYS : PIECE_KEYS * smaller(plan->rows, all.tokens));
+    plan->n_pieces = plan->n_blocks;
+    plan->n_slots = plan->n_splits = plan->block_is_batch = 0;
     /* With piece_work above all work nothing is cut and no slot is needed, so this ends. */
-    for (count(plan, limits->slots / 2); plan->n_slots > limits->slots;
-         count(plan, limits->slots / 2))
-        plan->piece_work *= 2;
+    if (all.most_work > plan->piece_work)
+        for (count(plan, limits->slots / 2); plan->n_slots > limits->slots;
+             count(plan, limits->slots / 2))
+            plan->piece_work *= 2;
+    plan->block_is_batch = all.batches == p->n_batch && all.most_query <= plan->rows;
 }
 
 static void enter_batch(struct plan_cursor *c, int64_t batch) {
@@ -119,7 +135,29 @@ void lidx_plan_start(struct plan_cursor *cursor, const struct plan *plan) {
     enter_batch(cursor, 0);
 }
 
+/* The one block of a batch, without a walk. */
+static void find_block(const struct plan *plan, int64_t batch, struct plan_block *block) {
+    const struct extent e = lidx_extent(plan->p, batch);
+    measure_block(block, plan, &e, 0);
+    block->batch = batch;
+    block->split = -1;
+    block->slot = 0;
+    if (block->n_pieces == 1)
+        return;
+    int64_t low = 0;
+    for (int64_t n = plan->n_splits; n > 1;) {
+        int64_t half = n / 2;
+        low += plan->cut[low + half].batch <= batch ? half : 0;
+        n -= half;
+    }
+    *block = plan->cut[low];
+}
+
 void lidx_plan_seek(struct plan_cursor *c, int64_t index, struct plan_block *block) {
+    if (c->plan->block_is_batch) {
+        find_block(c->plan, index, block);
+        return;
+    }
     do {
         while (c->left == 0)
             enter_batch(c, c->batch + 1);

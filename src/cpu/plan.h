@@ -48,6 +48,7 @@ struct plan {
     int64_t n_splits; /* blocks that are cut */
     int rows;
     int n_workers;
+    int block_is_batch; /* each batch is one block */
 };
 
 /* `cut` has room for half as many blocks as limits->slots: each needs at least two. */
