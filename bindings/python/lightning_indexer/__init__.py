@@ -68,12 +68,12 @@ def lightning_indexer(
     actual_seq_lengths_query=None,
     actual_seq_lengths_key=None,
     block_table=None,
-    layout_query=None,
-    layout_key=None,
-    sparse_count=None,
-    sparse_mode=None,
+    layout_query: "str | None" = None,
+    layout_key: "str | None" = None,
+    sparse_count: "int | None" = None,
+    sparse_mode: "int | None" = None,
     *,
-    return_values=False,
+    return_values: bool = False,
 ):
     """The positions of the `sparse_count` best keys of each query token.
 

@@ -174,16 +174,19 @@ def context():
     return own.handle
 
 
-def version():
+def version() -> str:
+    """The library's, such as "0.1.0"."""
     return library.lidx_version().decode()
 
 
-def cpu_features():
+def cpu_features() -> str:
+    """What the library reads of this CPU: "avx2 fma f16c ..."."""
     return library.lidx_cpu_features().decode()
 
 
-def kernels():
-    """One dictionary for each kernel of this build, best first within its backend."""
+def kernels() -> list:
+    """One dictionary for each kernel of this build, best first within its backend: name, backend,
+    available, chosen_bf16, chosen_fp16, and reason, a sentence."""
     rows = []
     for index in range(library.lidx_kernel_count()):
         info = KernelInfo(size=ctypes.sizeof(KernelInfo))

@@ -120,7 +120,7 @@ def is_indexer(module):
     return type(module).__name__.endswith("Indexer") and hasattr(module, "index_topk")
 
 
-def patch(model, dtype=torch.bfloat16):
+def patch(model: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> Patch:
     """Makes each indexer inside `model` select through the operator, until `.undo()`.
 
     `dtype` is what query and key are rounded to when they are not 16 bits wide already:
