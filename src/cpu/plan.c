@@ -6,7 +6,7 @@ enum {
     PIECES_PER_WORKER = 64, /* cores differ in speed, and late ones shall not be waited for */
     PIECE_KEYS = 240,       /* fewer at a time cost the kernels more than balance brings ... */
     PIECE_ROW_KEYS = 96,    /* ... but with one row, where all threads end at once */
-    SERIAL_WORK = 1024,     /* keys x rows up to which waking a thread costs more than it saves */
+    SERIAL_WORK = 512,      /* keys x rows up to which waking a thread costs more than it saves */
 };
 
 static int64_t smaller(int64_t a, int64_t b) {

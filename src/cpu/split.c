@@ -8,14 +8,16 @@
 enum {
     PARTS = 16,        /* most parts of a row */
     PART_ENTRIES = 64, /* fewer are not worth a part */
+    BLIND = 16,        /* the first run is 1/32 of all pieces at most */
     NEAR = 32,         /* how far from its place an entry usually lies, in ranks */
-    PATIENCE = 2000,   /* blocks looked at while work is to come: some ten microseconds */
+    PATIENCE = 8000,   /* blocks looked at while work is to come: up to some hundred microseconds */
 };
 
 /* One row of one worker's pieces: up to k entries, best first, and a 0. */
 struct slot {
     int32_t n;
-    int32_t share; /* of k: as the worker's keys are to all */
+    int32_t share;    /* of k: as the worker's keys are to all */
+    uint64_t reached; /* the entry of that rank, or 0 */
     _Alignas(64) uint64_t entry[];
 };
 
@@ -70,29 +72,32 @@ static void store_selections(struct worker *w, const struct plan_block *block, i
             publish_bound(w, block, r, t->entry[t->k - 1]);
         slot->n = t->n;
         slot->share = (int32_t)((n_keys * t->k + block->n_keys - 1) / block->n_keys);
+        slot->reached = slot->share <= t->n ? t->entry[slot->share - 1] : 0;
         memcpy(slot->entry, t->entry, sizeof *t->entry * (size_t)t->n);
         slot->entry[t->n] = 0;
     }
 }
 
-/* Takes pieces of a cut block in a row: half of an equal share of those that are left, so that
- * runs are long at first and short in the end; among several rows or blocks never so many that
- * others could end long before this worker. Returns how many. */
-static int take_run(const struct worker *w, const struct plan_block *block, int sharers,
-                    int32_t *first) {
-    const struct plan *plan = &w->run->plan;
-    _Atomic int32_t *taken = &split_of(w, block)->taken;
-    int64_t most = plan->n_pieces;
-    if (plan->n_splits > 1 || block->n_rows > 1)
-        most /= 8 * (int64_t)w->run->n_workers;
-    int left = block->n_pieces - atomic_load_explicit(taken, memory_order_relaxed);
-    if (left <= 0)
-        return 0;
-    int n = left / (2 * sharers);
-    n = n > most ? (int)most : n;
+/* Most pieces in a row: among several rows or blocks never so many that others could end long
+ * before the worker that takes them. */
+static int64_t most_pieces(const struct run *run, const struct plan_block *block) {
+    const struct plan *plan = &run->plan;
+    int is_alone = plan->n_splits == 1 && block->n_rows == 1;
+    return is_alone ? plan->n_pieces : plan->n_pieces / (8 * (int64_t)run->n_workers);
+}
+
+static int pieces_left(const struct worker *w, const struct plan_block *block) {
+    int taken = atomic_load_explicit(&split_of(w, block)->taken, memory_order_relaxed);
+    return block->n_pieces - taken;
+}
+
+/* Takes up to n pieces in a row, at least one if there is one. Returns how many. */
+static int take_run(const struct worker *w, const struct plan_block *block, int n, int32_t *first) {
+    int64_t most = most_pieces(w->run, block);
+    n = n < most ? n : (int)most;
     n = n > 1 ? n : 1;
-    *first = atomic_fetch_add_explicit(taken, n, memory_order_relaxed);
-    left = block->n_pieces - *first;
+    *first = atomic_fetch_add_explicit(&split_of(w, block)->taken, n, memory_order_relaxed);
+    int left = block->n_pieces - *first;
     return n < left ? n : left > 0 ? left : 0;
 }
 
@@ -134,8 +139,7 @@ static uint64_t entry_at(const struct slot *slot, int rank) {
 static uint64_t common_bound(const struct worker *w, const struct part *part) {
     uint64_t common = UINT64_MAX, known = known_bound(w, part->block, part->row);
     for (int m = 0; m < part->members; m++) {
-        const struct slot *slot = member_slot(w->run, part, m);
-        uint64_t reached = entry_at(slot, slot->share);
+        uint64_t reached = member_slot(w->run, part, m)->reached;
         common = reached < common ? reached : common;
     }
     return known > common ? known : common;
@@ -233,17 +237,25 @@ static void set_parts(const struct worker *w, const struct plan_block *block, in
     atomic_store_explicit(&split_of(w, block)->state, state, memory_order_release);
 }
 
-/* Takes parts as long as there are any. Returns how many. */
+/* Takes parts as long as there are any, first those of a lane that few others begin with. Returns
+ * how many. */
 static int take_parts(struct worker *w, const struct plan_block *block) {
     struct split *split = split_of(w, block);
     int members = atomic_load_explicit(&split->joined, memory_order_relaxed);
-    int parts = parts_of_row(w->run, block), n = block->n_rows * parts, i, n_taken = 0;
-    while ((i = atomic_fetch_add_explicit(&split->parts, 1, memory_order_relaxed)) < n) {
-        const struct part part = {block, members, i / parts, i % parts, parts};
-        write_part(w, &part);
-        n_taken++;
+    int parts = parts_of_row(w->run, block), n = block->n_rows * parts, n_taken = 0;
+    for (int l = 0; l < PART_LANES; l++) {
+        int lane = (w->index + l) % PART_LANES, i;
+        _Atomic int32_t *taken = &split->lane[lane].taken;
+        if (l > 0 && atomic_load_explicit(taken, memory_order_relaxed) * PART_LANES + lane >= n)
+            continue;
+        while ((i = atomic_fetch_add_explicit(taken, 1, memory_order_relaxed) * PART_LANES + lane) <
+               n) {
+            const struct part part = {block, members, i / parts, i % parts, parts};
+            write_part(w, &part);
+            n_taken++;
+        }
     }
-    if (i == n)
+    if (atomic_load_explicit(&split->state, memory_order_relaxed) != PARTS_TAKEN)
         set_parts(w, block, PARTS_TAKEN);
     return n_taken;
 }
@@ -257,11 +269,14 @@ static int are_last(struct worker *w, const struct plan_block *block, int n_piec
            block->n_pieces;
 }
 
+/* Takes half of an equal share of what is left, so that runs are long at first and short in the
+ * end. How much is left is not looked at before the first: where all begin at once, a look delays
+ * each of them. */
 void lidx_split_share(struct worker *w, const struct plan_block *block, int sharers) {
     int64_t n_keys = 0;
-    int n_pieces = 0, n;
+    int n_pieces = 0, n, wanted = block->n_pieces / (2 * (sharers > BLIND ? sharers : BLIND));
     int32_t first;
-    while ((n = take_run(w, block, sharers, &first)) > 0) {
+    while ((n = take_run(w, block, wanted, &first)) > 0) {
         int64_t begin = lidx_plan_key(block, first), end = lidx_plan_key(block, first + n);
         if (n_pieces == 0)
             lidx_worker_load(w, block);
@@ -269,6 +284,10 @@ void lidx_split_share(struct worker *w, const struct plan_block *block, int shar
         lidx_worker_score(w, block, begin, end);
         n_keys += end - begin;
         n_pieces += n;
+        int left = pieces_left(w, block);
+        if (left <= 0)
+            break;
+        wanted = left / (2 * sharers);
     }
     if (n_pieces == 0)
         return;
@@ -288,11 +307,10 @@ void lidx_split_share(struct worker *w, const struct plan_block *block, int shar
 enum chance { NOTHING, TO_COME, A_PART, A_PIECE };
 
 static enum chance chance_at(const struct worker *w, const struct plan_block *block, int *pieces) {
-    struct split *split = split_of(w, block);
-    *pieces = block->n_pieces - atomic_load_explicit(&split->taken, memory_order_relaxed);
+    *pieces = pieces_left(w, block);
     if (*pieces > 0)
         return A_PIECE;
-    int state = atomic_load_explicit(&split->state, memory_order_acquire);
+    int state = atomic_load_explicit(&split_of(w, block)->state, memory_order_acquire);
     return state == PARTS_TO_COME ? TO_COME : state == PARTS_OPEN ? A_PART : NOTHING;
 }
 

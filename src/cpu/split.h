@@ -18,6 +18,8 @@
 /* The parts of a cut block's answer: not before the last piece is in a slot. */
 enum { PARTS_TO_COME, PARTS_OPEN, PARTS_TAKEN };
 
+enum { PART_LANES = 4 };
+
 /* What is shared of a cut block. What many write or look at has a cache line of its own. */
 struct split {
     /* For each row an entry that k entries reach, or 0. What is below it need not be looked at. It
@@ -27,7 +29,10 @@ struct split {
     _Alignas(64) _Atomic int32_t done;  /* pieces in slots */
     _Atomic int32_t joined;             /* workers that have left their selections in slots */
     _Alignas(64) _Atomic int32_t state; /* PARTS_... */
-    _Alignas(64) _Atomic int32_t parts; /* taken; may exceed their number */
+    /* Part i is handed out by lane i % PART_LANES, since all want one at the same time. */
+    struct {
+        _Alignas(64) _Atomic int32_t taken; /* may exceed their number */
+    } lane[PART_LANES];
 };
 
 /* Bytes of a slot for k entries. */

@@ -37,6 +37,7 @@ static const unsigned char *keys_at(const struct problem *p, const struct plan_b
 void lidx_worker_start(struct worker *w, struct run *run, int index) {
     unsigned char *memory = run->memory + (size_t)index * run->row_bytes;
     w->run = run;
+    w->index = index;
     for (int r = 0; r < run->plan.rows; r++) {
         w->row[r].packed = memory;
         memory += run->packed_bytes;

@@ -46,6 +46,7 @@ struct row {
 
 struct worker {
     struct run *run;
+    int index;
     struct row row[PLAN_ROWS];
     const void *list[LIST_BLOCKS];
     _Alignas(64) float score[2][TILE_KEYS]; /* of two rows where the kernel takes two at once */
