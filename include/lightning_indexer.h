@@ -171,7 +171,8 @@ LIDX_API void lidx_destroy(struct lidx_context *context); /* NULL is allowed */
 LIDX_API int lidx_run(struct lidx_context *context, const struct lidx_args *args);
 
 /* Bytes of workspace that lidx_run wants for tensors of these shapes, whatever the lengths: 0 on
- * the CPU, at most 256 MiB on CUDA. Reads no data; `data` pointers may be NULL. */
+ * the CPU; on CUDA at most 256 MiB, or one row of scores where more than 60 million keys make that
+ * larger. Reads no data; `data` pointers may be NULL. */
 LIDX_API int lidx_workspace_size(struct lidx_context *context, const struct lidx_args *args,
                                  size_t *bytes);
 
