@@ -5,72 +5,101 @@
  */
 #include "cuda_problem.h"
 
-static double dot_score(const struct setup *s, const uint16_t *query, const uint16_t *weights,
-                        const uint16_t *key, int is_bf16) {
-    double sum = 0;
+/* One row of a causal prefill of one batch, copied to the host with the keys that it sees. */
+struct row {
+    const struct setup *s;
+    int64_t number;
+    int64_t visible;
+    int is_bf16;
+    uint16_t *query, *weights, *key;
+};
+
+static void row_copy(struct row *r, const struct setup *s, int64_t number, int is_bf16) {
     int64_t heads = s->query_shape[2], dim = s->query_shape[3];
+    size_t query = 2 * (size_t)(heads * dim), weights = 2 * (size_t)heads;
+    int64_t visible = s->key_shape[1] - s->query_shape[1] + number + 1;
+    size_t key = 2 * (size_t)(visible * dim);
+    *r = (struct row){s, number, visible, is_bf16, malloc(query), malloc(weights), malloc(key)};
+    copy_out(r->query, (unsigned char *)s->query.data + number * (int64_t)query, query);
+    copy_out(r->weights, (unsigned char *)s->weights.data + number * (int64_t)weights, weights);
+    copy_out(r->key, s->key.data, key);
+}
+
+static void row_free(struct row *r) {
+    free(r->query);
+    free(r->weights);
+    free(r->key);
+}
+
+static double row_score(const struct row *r, int64_t j) {
+    double sum = 0;
+    int64_t heads = r->s->query_shape[2], dim = r->s->query_shape[3];
     for (int64_t h = 0; h < heads; h++) {
         double dot = 0;
         for (int64_t d = 0; d < dim; d++)
-            dot += (double)test_from_half(query[h * dim + d], is_bf16) *
-                   (double)test_from_half(key[d], is_bf16);
-        sum += dot > 0 ? dot * (double)test_from_half(weights[h], is_bf16) : 0;
+            dot += (double)test_from_half(r->query[h * dim + d], r->is_bf16) *
+                   (double)test_from_half(r->key[j * dim + d], r->is_bf16);
+        sum += dot > 0 ? dot * (double)test_from_half(r->weights[h], r->is_bf16) : 0;
     }
     return sum;
 }
 
-/* One row of a causal prefill of one batch against a run of the CPU backend on that row alone:
- * indices that only one of them has must score like the true k-th. */
-static void check_row(const struct setup *s, struct lidx_context *cpu, const int32_t *got,
-                      int64_t row, int is_bf16, const char *name) {
-    int64_t heads = s->query_shape[2], dim = s->query_shape[3], k = s->args.sparse_count;
-    int64_t visible = s->key_shape[1] - s->query_shape[1] + row + 1, n = heads * dim;
-    uint16_t *query = malloc(2 * (size_t)n), *weights = malloc(2 * (size_t)heads);
-    uint16_t *key = malloc(2 * (size_t)(visible * dim));
-    int32_t *want = malloc(4 * (size_t)k);
-    unsigned char *chosen = calloc((size_t)visible, 1);
-    copy_out(query, (unsigned char *)s->query.data + 2 * row * n, 2 * (size_t)n);
-    copy_out(weights, (unsigned char *)s->weights.data + 2 * row * heads, 2 * (size_t)heads);
-    copy_out(key, s->key.data, 2 * (size_t)(visible * dim));
-    struct setup alone = *s;
+/* Runs the CPU backend on the row alone. */
+static void row_run(const struct row *r, struct lidx_context *cpu, int32_t *want) {
+    struct setup alone = *r->s;
     alone.args.query = &alone.query, alone.args.key = &alone.key;
     alone.args.weights = &alone.weights, alone.args.sparse_indices = &alone.indices;
     alone.args.actual_seq_lengths_query = alone.args.actual_seq_lengths_key = NULL;
     alone.args.sparse_values = NULL;
     alone.query_shape[1] = alone.weights_shape[1] = alone.out_shape[1] = 1;
-    alone.key_shape[1] = visible;
+    alone.key_shape[1] = r->visible;
     struct lidx_tensor *tensors[4] = {&alone.query, &alone.key, &alone.weights, &alone.indices};
-    void *data[4] = {query, key, weights, want};
+    void *data[4] = {r->query, r->key, r->weights, want};
     int64_t *shapes[4] = {alone.query_shape, alone.key_shape, alone.weights_shape, alone.out_shape};
     for (int i = 0; i < 4; i++) {
         tensors[i]->data = data[i];
         tensors[i]->device.device_type = LIDX_CPU;
         tensors[i]->shape = shapes[i];
     }
-    CHECK(lidx_run(cpu, &alone.args) == LIDX_OK, "CPU run of row %lld: %s", (long long)row,
+    CHECK(lidx_run(cpu, &alone.args) == LIDX_OK, "CPU run of row %lld: %s", (long long)r->number,
           lidx_last_error());
-    int64_t shared = visible < k ? visible : k, differing = 0;
-    double bound = dot_score(s, query, weights, key + want[shared - 1] * dim, is_bf16);
-    double top = dot_score(s, query, weights, key + want[0] * dim, is_bf16);
+}
+
+/* How many of the indices that only one of `got` and `want` has do not score like the true k-th. */
+static int64_t row_differs(const struct row *r, const int32_t *got, const int32_t *want, int64_t k,
+                           const char *name) {
+    unsigned char *chosen = calloc((size_t)r->visible, 1);
+    int64_t shared = r->visible < k ? r->visible : k, differing = 0;
+    double bound = row_score(r, want[shared - 1]), top = row_score(r, want[0]);
     double slack = fmax(1e-4 * fabs(bound), 1e-6 * fabs(top));
     for (int64_t i = 0; i < shared; i++)
         chosen[want[i]] ^= 1;
     for (int64_t i = 0; i < shared; i++) {
-        if (!CHECK(got[i] >= 0 && got[i] < visible, "%s: row %lld has index %d of %lld keys", name,
-                   (long long)row, (int)got[i], (long long)visible))
+        if (!CHECK(got[i] >= 0 && got[i] < r->visible, "%s: row %lld has index %d of %lld keys",
+                   name, (long long)r->number, (int)got[i], (long long)r->visible))
             break;
         chosen[got[i]] ^= 2;
     }
-    for (int64_t j = 0; j < visible; j++)
+    for (int64_t j = 0; j < r->visible; j++)
         if (chosen[j] == 1 || chosen[j] == 2)
-            differing += fabs(dot_score(s, query, weights, key + j * dim, is_bf16) - bound) > slack;
-    CHECK(differing == 0, "%s: row %lld of %lld has %lld wrong indices", name, (long long)row,
-          (long long)s->query_shape[1], (long long)differing);
-    free(query);
-    free(weights);
-    free(key);
-    free(want);
+            differing += fabs(row_score(r, j) - bound) > slack;
     free(chosen);
+    return differing;
+}
+
+/* A row of the device's answer against a run of the CPU backend on that row alone. */
+static void check_row(const struct setup *s, struct lidx_context *cpu, const int32_t *got,
+                      int64_t number, int is_bf16, const char *name) {
+    int64_t k = s->args.sparse_count;
+    int32_t *want = malloc(4 * (size_t)k);
+    struct row r;
+    row_copy(&r, s, number, is_bf16);
+    row_run(&r, cpu, want);
+    int64_t differing = row_differs(&r, got, want, k, name);
+    CHECK(differing == 0, "%s: row %lld of %lld has %lld wrong indices", name, (long long)number,
+          (long long)s->query_shape[1], (long long)differing);
+    row_free(&r);
+    free(want);
 }
 
 static void check_full(void) {

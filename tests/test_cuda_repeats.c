@@ -74,59 +74,79 @@ static void check_repeat(struct kernel *kernel) {
     }
 }
 
+/* What check_load runs, and what keeps the GPU busy meanwhile. */
+struct load {
+    struct setup s;
+    struct setup other;
+    void *other_workspace;
+    cudaStream_t stream; /* of the one */
+    cudaStream_t busy;   /* of the other */
+};
+
+static void load_make(struct load *l, struct kernel *kernel, int paged) {
+    enum { B = 8, WIDTH = 60, PAGES = 300 };
+    int32_t table[B * WIDTH], query[B], key[B];
+    struct rng rng = rng_seed(37);
+    size_t size;
+    forget();
+    setup_make(&l->s, 0, 1, paged ? B : 1, paged ? 2 : 300, 4000, 64, 128, 512, paged ? 64 : 0,
+               PAGES, WIDTH);
+    for (int b = 0; b < B; b++) {
+        query[b] = paged ? 2 : 300;
+        key[b] = (paged ? WIDTH * 64 : 4000) - 301 * b;
+    }
+    set_lengths(&l->s, query, key);
+    shuffled_table(table, B * WIDTH, PAGES, &rng);
+    copy_in(l->s.table.data, table, 4 * (size_t)(l->s.n_batch * WIDTH));
+    setup_make(&l->other, 0, 0, 1, 512, 6000, 32, 128, 100, 0, 0, 0);
+    l->other.args.actual_seq_lengths_query = l->other.args.actual_seq_lengths_key = NULL;
+    CHECK_INT(lidx_workspace_size(kernel->context, &l->other.args, &size), LIDX_OK, kernel->name);
+    MUST(cudaMalloc(&l->other_workspace, size));
+    MUST(cudaStreamCreateWithFlags(&l->stream, cudaStreamNonBlocking));
+    MUST(cudaStreamCreateWithFlags(&l->busy, cudaStreamNonBlocking));
+}
+
+static void load_free(struct load *l) {
+    MUST(cudaDeviceSynchronize());
+    MUST(cudaStreamDestroy(l->stream));
+    MUST(cudaStreamDestroy(l->busy));
+    MUST(cudaFree(l->other_workspace));
+}
+
+/* Into `got`, in pinned memory, indices and values of a run beside three of the other problem. */
+static int run_loaded(struct load *l, struct kernel *kernel, unsigned char *got) {
+    size_t n = output_bytes(&l->s);
+    int status = LIDX_OK;
+    for (int j = 0; j < 3 && !status; j++)
+        status = enqueue(kernel, &l->other.args, l->other_workspace, l->busy);
+    MUST(cudaMemsetAsync(l->s.indices.data, 0xA5, n, l->stream));
+    MUST(cudaMemsetAsync(l->s.values.data, 0xA5, n, l->stream));
+    if (!status)
+        status = enqueue(kernel, &l->s.args, NULL, l->stream);
+    if (!CHECK(status == LIDX_OK, "%s: %s", kernel->name, lidx_last_error()))
+        return 0;
+    MUST(cudaMemcpyAsync(got, l->s.indices.data, n, cudaMemcpyDeviceToHost, l->stream));
+    MUST(cudaMemcpyAsync(got + n, l->s.values.data, n, cudaMemcpyDeviceToHost, l->stream));
+    MUST(cudaStreamSynchronize(l->stream));
+    return 1;
+}
+
 /* Launches on one stream while runs of another problem keep the GPU busy on a second one. */
 static void check_load(struct kernel *kernel) {
     for (int paged = 0; paged < 2; paged++) {
-        struct setup s, other;
-        int32_t table[8 * 60], query[8], key[8];
-        struct rng rng = rng_seed(37);
-        cudaStream_t stream, busy;
+        struct load l;
         unsigned char *got;
-        void *other_workspace;
-        size_t other_size;
         int differing = 0;
-        forget();
-        setup_make(&s, 0, 1, paged ? 8 : 1, paged ? 2 : 300, 4000, 64, 128, 512, paged ? 64 : 0,
-                   300, 60);
-        setup_make(&other, 0, 0, 1, 512, 6000, 32, 128, 100, 0, 0, 0);
-        other.args.actual_seq_lengths_query = other.args.actual_seq_lengths_key = NULL;
-        for (int b = 0; b < 8; b++) {
-            query[b] = paged ? 2 : 300;
-            key[b] = (paged ? 3840 : 4000) - 301 * b;
-        }
-        set_lengths(&s, query, key);
-        shuffled_table(table, 8 * 60, 300, &rng);
-        copy_in(s.table.data, table, 4 * (size_t)(s.n_batch * 60));
-        size_t n = output_bytes(&s);
-        unsigned char *want = answer(&s, kernel);
-        CHECK_INT(lidx_workspace_size(kernel->context, &other.args, &other_size), LIDX_OK,
-                  kernel->name);
-        MUST(cudaMalloc(&other_workspace, other_size));
+        load_make(&l, kernel, paged);
+        size_t n = output_bytes(&l.s);
+        unsigned char *want = answer(&l.s, kernel);
         MUST(cudaMallocHost((void **)&got, 2 * n));
-        MUST(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-        MUST(cudaStreamCreateWithFlags(&busy, cudaStreamNonBlocking));
-        for (int i = 0; want && i < LOADED; i++) {
-            int status = LIDX_OK;
-            for (int j = 0; j < 3 && !status; j++)
-                status = enqueue(kernel, &other.args, other_workspace, busy);
-            MUST(cudaMemsetAsync(s.indices.data, 0xA5, n, stream));
-            MUST(cudaMemsetAsync(s.values.data, 0xA5, n, stream));
-            if (!status)
-                status = enqueue(kernel, &s.args, NULL, stream);
-            if (!CHECK(status == LIDX_OK, "%s: %s", kernel->name, lidx_last_error()))
-                break;
-            MUST(cudaMemcpyAsync(got, s.indices.data, n, cudaMemcpyDeviceToHost, stream));
-            MUST(cudaMemcpyAsync(got + n, s.values.data, n, cudaMemcpyDeviceToHost, stream));
-            MUST(cudaStreamSynchronize(stream));
+        for (int i = 0; want && i < LOADED && run_loaded(&l, kernel, got); i++)
             differing += memcmp(got, want, 2 * n) != 0;
-        }
         CHECK(differing == 0, "%s, paged %d: %d of %d launches under load differ", kernel->name,
               paged, differing, LOADED);
-        MUST(cudaDeviceSynchronize());
-        MUST(cudaStreamDestroy(stream));
-        MUST(cudaStreamDestroy(busy));
+        load_free(&l);
         MUST(cudaFreeHost(got));
-        MUST(cudaFree(other_workspace));
         free(want);
     }
 }
