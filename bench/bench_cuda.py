@@ -114,16 +114,18 @@ class Decode:
         }
 
 
-def medians(runs, repeats, flush):
-    """Seconds of each of several functions, in turns. All is enqueued before the first is waited
-    for, and each flush is longer than enqueueing what follows it: no gap of the host's is timed."""
+def seconds_in_turns(runs, repeats, flush, back=False):
+    """Seconds of each of several functions, a list each, in turns; with `back`, every other round
+    the other way round. All is enqueued before the first is waited for, and each flush is longer
+    than enqueueing what follows it: no gap of the host's is timed."""
     spans = [[] for _ in runs]
     for run in runs:
         run()
         run()
     torch.cuda.synchronize()
-    for _ in range(repeats):
-        for run, mine in zip(runs, spans):
+    for repeat in range(repeats):
+        turns = list(zip(runs, spans))
+        for run, mine in turns[::-1] if back and repeat % 2 else turns:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.sum()
             start.record()
@@ -131,8 +133,19 @@ def medians(runs, repeats, flush):
             end.record()
             mine.append((start, end))
     torch.cuda.synchronize()
-    return [statistics.median(start.elapsed_time(end) for start, end in mine) * 1e-3
-            for mine in spans]
+    return [[start.elapsed_time(end) * 1e-3 for start, end in mine] for mine in spans]
+
+
+def medians(runs, repeats, flush):
+    """Median seconds of each of several functions, in turns."""
+    return [statistics.median(mine) for mine in seconds_in_turns(runs, repeats, flush)]
+
+
+def ratio_in_turns(run, to, repeats, flush):
+    """The median, over rounds, of the time of `run` to that of `to`. Each follows the other as often
+    as itself: the clock of a run depends on what drew power before it."""
+    mine, others = seconds_in_turns([run, to], repeats, flush, back=True)
+    return statistics.median(x / y for x, y in zip(mine, others))
 
 
 class Yardstick:
@@ -312,9 +325,11 @@ def run_prefill(report):
         row = report.add(problem, must, aim, repeats=repeats)
         if row is None:
             continue
-        other = report.add(problem, kernel="smxx", label=", smxx", repeats=min(repeats, 5))
+        report.add(problem, kernel="smxx", label=", smxx", repeats=min(repeats, 5))
         if report.kernel is None:
-            report.ratio(f"{problem.name}: smxx / best", other["us"] / row["us"], 2.2)
+            smxx, best = (report.library.runner(problem, kernel)[0] for kernel in ("smxx", None))
+            report.ratio(f"{problem.name}: smxx / best",
+                         ratio_in_turns(smxx, best, repeats, report.flush), 2.2)
         share = busy(report.library, problem, report.kernel)
         if share:
             must_busy = 0.97 if n_key == 65536 else None
@@ -340,13 +355,12 @@ def compare_types(report):
     name = "prefill 2048 x 65536: fp16 / bf16"
     if not report.wants(name):
         return
-    runs = [report.library.runner(Prefill(2048, 65536, dtype=dtype), report.kernel)[0]
-            for dtype in (torch.bfloat16, torch.float16)]
+    bf16, fp16 = (report.library.runner(Prefill(2048, 65536, dtype=dtype), report.kernel)[0]
+                  for dtype in (torch.bfloat16, torch.float16))
     a, b = (x.to(torch.float16) for x in (report.yardstick.a, report.yardstick.b))
-    bf16, fp16, product, product16 = medians(runs + [report.yardstick.product, lambda: a @ b], 15,
-                                             report.flush)
-    report.ratio(name, fp16 / bf16, 1.03)
-    report.ratio("matrix product of cuBLAS: fp16 / bf16", product16 / product, None)
+    report.ratio(name, ratio_in_turns(fp16, bf16, 30, report.flush), 1.03)
+    report.ratio("matrix product of cuBLAS: fp16 / bf16",
+                 ratio_in_turns(lambda: a @ b, report.yardstick.product, 30, report.flush), None)
 
 
 def run_decode(report):
