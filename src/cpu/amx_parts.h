@@ -45,9 +45,9 @@ INLINE void split_row(struct pass *p, int block, int r, int steps) {
     __mmask32 special = 0;
     for (int step = 0; step < steps; step++) {
         pairs high = _mm512_setzero_si512(), low = high;
-        if (r < rows_in_block(p->run, block)) {
-            const unsigned char *key = p->run->block[block];
-            key += p->run->row_stride * r + step * 64;
+        if (r < rows_in_block(&p->run, block)) {
+            const unsigned char *key = p->run.block[block];
+            key += p->run.row_stride * r + step * 64;
             split(&high, &low, key);
             special |= not_finite(key);
         }
@@ -97,7 +97,7 @@ static inline const void *key_at(const struct key_run *run, int j) {
 TARGET static inline void score_flagged(const struct pass *p, int block, unsigned flags) {
     for (; flags; flags &= flags - 1) {
         int j = block * KEY_BLOCK + __builtin_ctz(flags);
-        p->token[0].score[j] = score_special(p, key_at(p->run, j));
+        p->token[0].score[j] = score_special(p, key_at(&p->run, j));
     }
 }
 

@@ -34,7 +34,7 @@ struct keys {
 
 struct pass {
     struct token token[2];
-    const struct key_run *run;
+    struct key_run run;        /* a copy: no store can change it, so nothing of it is read again */
     unsigned char *scratch;    /* bf16: a tail of less than 16 keys; fp16: the parts of 16 keys */
     float *ring;               /* RING tiles of sums */
     unsigned flags[FLAG_RING]; /* fp16: keys that are not finite, of the last key blocks */
@@ -54,9 +54,9 @@ static inline int rows_in_block(const struct key_run *run, int block) {
 
 /* Where tile loads find the keys of a block. */
 INLINE struct keys keys_of(const struct pass *p, int block) {
-    if (rows_in_block(p->run, block) < KEY_BLOCK)
+    if (rows_in_block(&p->run, block) < KEY_BLOCK)
         return (struct keys){p->scratch, (int64_t)p->head_dim * 2};
-    return (struct keys){p->run->block[block], p->run->row_stride};
+    return (struct keys){p->run.block[block], p->run.row_stride};
 }
 
 /* Copies the rows of a partial block and zeroes the others: a tile load takes 16 rows, and those
@@ -83,7 +83,7 @@ static inline struct token token_of(float *score, const void *packed, int n_head
 
 static inline struct pass pass_of(float *score, const void *packed, int n_heads, int head_dim,
                                   int dtype, const struct key_run *run) {
-    struct pass p = {.run = run, .head_dim = head_dim, .n_tokens = 1};
+    struct pass p = {.run = *run, .head_dim = head_dim, .n_tokens = 1};
     p.token[0] = token_of(score, packed, n_heads, head_dim, dtype);
     p.n_tiles = head_tiles(n_heads);
     p.n_blocks = (run->n_keys + KEY_BLOCK - 1) / KEY_BLOCK;

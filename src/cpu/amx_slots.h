@@ -121,7 +121,7 @@ INLINE void finish_block(struct pass *p, __m512 scores, struct place back, int f
 struct fetch {
     const unsigned char *near, *far; /* first row of this slot; far may be NULL */
     int64_t stride;
-    int rows;
+    int rows; /* 0 where all lines have been fetched */
 };
 
 /* Rows of a block for each slot: 2, 4, 8 or 16. */
@@ -137,17 +137,17 @@ INLINE struct fetch fetch_plan(const struct pass *p, struct place front, int fp1
     int near = front.block + next + NEAR_BLOCKS + fp16, far = front.block + next + FAR_BLOCKS;
     if (near >= p->n_listed)
         near = 0; /* where the next query token's call begins */
-    struct fetch f = {NULL, NULL, p->run->row_stride, rows};
-    if (row >= KEY_BLOCK)
+    struct fetch f = {NULL, NULL, p->run.row_stride, row < KEY_BLOCK ? rows : 0};
+    if (f.rows == 0)
         return f;
-    f.near = (const unsigned char *)p->run->block[near] + row * f.stride;
-    if (p->run->n_ahead && far < p->n_listed)
-        f.far = (const unsigned char *)p->run->block[far] + row * f.stride;
+    f.near = (const unsigned char *)p->run.block[near] + row * f.stride;
+    if (p->run.n_ahead && far < p->n_listed)
+        f.far = (const unsigned char *)p->run.block[far] + row * f.stride;
     return f;
 }
 
 INLINE void fetch_lines(const struct fetch *f, int step) {
-    if (!f->near)
+    if (f->rows == 0)
         return;
     const unsigned char *line = f->near + step * 64;
     for (int i = 0; i < f->rows; i += 2, line += 2 * f->stride) {
@@ -220,7 +220,7 @@ INLINE void run_step(struct pass *p, __m512 *sum, const struct step *t, int c, i
         multiply_parts(c, step, 0);
     else
         multiply(c, step);
-    if (step == 0)
+    if (step == steps / 2)
         store_sums(!c, t->store);
     reduce_rows(sum, t, step * 2 * rows + rows, rows);
     if (!fp16)
@@ -248,6 +248,12 @@ INLINE void plan_split(struct pass *p, struct step *t, struct place front, int s
         p->flags[(front.block + 1) % FLAG_RING] = 0;
 }
 
+/* Addresses derived from it are computed where they are used. gcc would find them all before the
+ * loop, one for each query tile, and keep them on the stack: a load more for each product. */
+INLINE void pin_address(const unsigned char **address) {
+    __asm__ volatile("" : "+r"(*address));
+}
+
 /* Where slot number s lies in the ring. */
 INLINE float *ring_tile(const struct pass *p, int s) {
     return p->ring + (s + RING) % RING * (LANES * LANES);
@@ -259,8 +265,10 @@ INLINE void slot(struct pass *p, __m512 *sum, int s, int c, struct place front, 
                  int known, int steps, int fp16) {
     const int slot_bytes = steps * (fp16 ? 2 : 1) * TILE_BYTES;
     const int done = back.tile == p->n_tiles - 1;
+    const unsigned char *query = p->token[front.token].tiles;
     struct step t;
-    t.query = p->token[front.token].tiles + (int64_t)front.tile * slot_bytes;
+    pin_address(&query);
+    t.query = query + (int64_t)front.tile * slot_bytes;
     t.tile = ring_tile(p, s - LAG);
     t.store = ring_tile(p, s - 1);
     t.weight = _mm512_load_ps(p->token[back.token].weights + back.tile * LANES);
