@@ -210,10 +210,10 @@ INLINE void dots_of_one(float dot[CHAINS][LANES], const float *query, const floa
 }
 
 /* A panel of P groups against the first n keys of a tile, rounded up to whole groups of K: sums[j]
- * is raised by key j's weighted ReLUs, a lane for each 8th head. */
+ * is raised by key j's weighted ReLUs, a lane for each 8th head; the first panel begins it. */
 INLINE void panel(float sums[TILE][LANES], const float *query, const float *weights,
                   const float *masks, const float *keys, struct ahead *ahead, int n, int head_dim,
-                  int P) {
+                  int is_first, int P) {
     const int K = CHAINS / P;
     const int fetches = head_dim / (2 * P);
     float dot[CHAINS][LANES] __attribute__((aligned(64)));
@@ -228,7 +228,7 @@ INLINE void panel(float sums[TILE][LANES], const float *query, const float *weig
             dots_1(dot, query, keys + j * PITCH, head_dim, line, step);
         UNROLL
         for (int i = 0; i < K; i++) {
-            __m256 sum = _mm256_load_ps(sums[j + i]);
+            __m256 sum = is_first ? _mm256_setzero_ps() : _mm256_load_ps(sums[j + i]);
             UNROLL
             for (int g = 0; g < P; g++) {
                 /* The second operand is what MAX returns beside a NaN. */
@@ -287,23 +287,26 @@ INLINE void score_tile(float *score, const void *packed, int n_heads, int head_d
     struct ahead ahead = ahead_of(run, key, (groups + 1) / 2);
     float wide[TILE * PITCH] __attribute__((aligned(64)));
     float sums[TILE][LANES] __attribute__((aligned(64)));
-    float scores[TILE] __attribute__((aligned(64)));
+    float last[LANES] __attribute__((aligned(64)));
     widen_rows(wide, run, key, n, head_dim, dtype);
     for (int j = n; j < whole && n % CHAINS != 1; j++) /* 1: then a key is left alone */
         memset(wide + j * PITCH, 0, sizeof(float) * (size_t)head_dim);
-    memset(sums, 0, sizeof sums[0] * (size_t)whole);
     for (int g = 0; g < groups; g += 2) {
         if (groups - g >= 2)
             panel(sums, query, weights + g * LANES, masks + g * LANES, wide, &ahead, n, head_dim,
-                  2);
+                  g == 0, 2);
         else
             panel(sums, query, weights + g * LANES, masks + g * LANES, wide, &ahead, n, head_dim,
-                  1);
+                  g == 0, 1);
         query += 2 * head_dim * LANES;
     }
-    for (int j = 0; j < n; j += LANES)
-        _mm256_store_ps(scores + j, add_lanes(sums + j));
-    memcpy(score, scores, sizeof(float) * (size_t)n);
+    int j = 0;
+    for (; j + LANES <= n; j += LANES)
+        _mm256_store_ps(score + j, add_lanes(sums + j));
+    if (j < n) {
+        _mm256_store_ps(last, add_lanes(sums + j));
+        memcpy(score + j, last, sizeof(float) * (size_t)(n - j));
+    }
 }
 
 INLINE void score(float *out, const void *packed, int n_heads, int head_dim,
