@@ -1,8 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 #
-# test_install.sh BUILD CC: an installation under any prefix is found by pkg-config and by CMake, and
-# a program built with each of them runs.
+# test_install.sh BUILD CC: an installation under any prefix has the licence and is found by pkg-config
+# and by CMake, and a program built with each of them runs.
 set -eu
 build=$1 cc=$2 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
@@ -17,6 +17,7 @@ runs() {
 
 cmake --install "$build" --prefix "$work/prefix" --component library >/dev/null
 library=$(dirname "$(find "$work/prefix" -name liblightning_indexer.so)")
+[ -n "$(find "$work/prefix/share/doc" -name LICENSE)" ] || { echo "the licence is not installed"; exit 1; }
 
 if command -v pkg-config >/dev/null; then
     flags=$(PKG_CONFIG_PATH=$library/pkgconfig pkg-config --cflags --libs lightning_indexer)

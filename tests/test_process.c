@@ -19,6 +19,7 @@
 enum { TEAMS = 4, SIDE_BY_SIDE = 6, SMALL_STACK = 64 << 10 };
 
 static const int team_sizes[TEAMS] = {1, 2, 3, 8};
+
 /* A random problem in whole batches, with float32 values. */
 struct subject {
     struct scenario s;
