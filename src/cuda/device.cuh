@@ -64,9 +64,21 @@ static __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t 
         ;
 }
 
+/* threadIdx.x, read anew: takes no register between its uses. */
+static __device__ __forceinline__ int thread_of_block(void) {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
 /* Barrier number 1 to 15 for `threads` threads of the block, whole warps. */
 static __device__ __forceinline__ void named_barrier(int number, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+/* Counts as `threads` of these that wait there, and goes on. */
+static __device__ __forceinline__ void named_barrier_arrive(int number, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
 static __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {

@@ -17,7 +17,8 @@
  * through a ring of slots of 32 in shared memory; every warp fills every 8th slot. With 8 groups
  * every warp reads every slot; with fewer (decode has 1 or 2) the slots are dealt out: a warp
  * reads every 8th, 4th or 2nd. A barrier says when a slot is full, another when it has been read,
- * so that warps may be several slots apart and one's sums hide behind another's products.
+ * so that warps may be several slots apart. Two warps share a scheduler and take turns at its
+ * products, so that one's sums hide behind the other's.
  *
  * Order of summation, the same for a pair of query and key whatever else is in the launch:
  * products by the instruction over k-steps in order; then in thread g of 8 the heads g, 8 + g,
@@ -43,10 +44,10 @@
  * than the ring has, so that it waits for readers who are 8 slots behind, if at all. The last of
  * all warps finds full what it wants to read and read what it wants to fill: no deadlock.
  *
- * N_OCTETS 8 or 4: a query has just so many octets of heads, no pad heads; then the sums over the
- * heads of half a slot are issued between the products of the next half. Two warps share an issue
- * port and tend to run in step, so that products would otherwise wait for sums: 1.6 times the time.
- * N_OCTETS 0: any number of heads. */
+ * Turns do not change this: a warp awaits one that is at an earlier slot, or in an earlier round at
+ * the same one. Both of a pair have equally many turns in an item.
+ *
+ * N_OCTETS 8 or 4: a query has just so many octets of heads, no pad heads. 0: any number. */
 template <typename T, int D, bool ALIGNED, int N_OCTETS>
 static __device__ __forceinline__ void run_item(const struct slab *s, const struct plan *plan,
                                                 const struct item *item,
@@ -105,43 +106,26 @@ static __device__ __forceinline__ void run_item(const struct slab *s, const stru
         advance(&read, stride, plan->n_slots);
     };
 
+    int32_t slot = warp >> spread;
     if (group >= n_groups) {
-        for (int32_t slot = warp >> spread; slot < n_slots; slot += stride) {
+        for (; slot < n_slots; slot += stride) {
             begin_slot(slot);
+            await_turn();
+            give_turn();
             end_slot();
         }
-    } else if constexpr (N_OCTETS != 0) {
-        constexpr int AT_ONCE = OCTETS / (D / 32);
-        float left[HEAD_TILES][2][4], right[HEAD_TILES][2][4] = {};
-        float part[OCTETS / N_OCTETS][8] = {};
-        struct lane_target before = {INT32_MAX, false};
-        int turn = 0;
-        for (int32_t slot = warp >> spread; slot < n_slots; slot += stride) {
-            struct lane_target target = begin_slot(slot);
-            uint32_t address = ring_address + read.slot * SLOT_BYTES;
-            multiply_half<T, D>(left, a, address, 0, [&](int t) {
-                add_heads<N_OCTETS, false>(part, right, 1, w, 0, t * AT_ONCE, (t + 1) * AT_ONCE);
-            });
-            store_slot<N_OCTETS>(plan, state, part, sink, before, turn);
-            multiply_half<T, D>(right, a, address, 1, [&](int t) {
-                add_heads<N_OCTETS, false>(part, left, 0, w, 0, t * AT_ONCE, (t + 1) * AT_ONCE);
-            });
-            end_slot();
-            before = target;
-            turn ^= 1;
-        }
-        add_heads<N_OCTETS, false>(part, right, 1, w, 0, 0, OCTETS);
-        store_slot<N_OCTETS>(plan, state, part, sink, before, turn);
     } else {
-        int turn = 0;
-        for (int32_t slot = warp >> spread; slot < n_slots; slot += stride, turn ^= 1) {
+        for (; slot < n_slots; slot += stride) {
             struct lane_target target = begin_slot(slot);
             float left[HEAD_TILES][2][4], right[HEAD_TILES][2][4];
-            uint32_t address = ring_address + read.slot * SLOT_BYTES;
-            multiply_half<T, D>(left, a, address, 0);
-            multiply_half<T, D>(right, a, address, 1);
+            multiply_slot<T, D, N_OCTETS == 0>(left, right, a,
+                                               ring_address + read.slot * SLOT_BYTES);
             end_slot();
-            if (padded)
+            int turn = (slot & stride) != 0; /* alternates */
+            if constexpr (N_OCTETS != 0)
+                sum_slot_of<N_OCTETS, false>(plan, state, left, right, w, heads, sink, target,
+                                             turn);
+            else if (padded)
                 sum_slot<true>(plan, state, left, right, w, heads, sink, target, turn);
             else
                 sum_slot<false>(plan, state, left, right, w, heads, sink, target, turn);
@@ -149,6 +133,12 @@ static __device__ __forceinline__ void run_item(const struct slab *s, const stru
     }
     while (filled < n_slots)
         fill_next();
+    if (slot < (n_slots + stride - 1) / stride * stride) { /* the other warp has a slot more */
+        await_turn();
+        give_turn();
+    }
+    if (plan->split) /* the next item's turns begin anew */
+        named_barrier(BARRIER_SPLIT + warp / 2, 64);
 }
 
 template <typename T, int D, bool ALIGNED, int N_OCTETS>
@@ -166,6 +156,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     struct ring first = {0, 0};
     uint32_t used = 0;
     int warp = threadIdx.x / 32;
+    if (warp >= WARPS / 2)
+        give_turn();
     for (;;) {
         struct item *item = &state->item[warp];
         __syncwarp();

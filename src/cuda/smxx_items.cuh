@@ -23,6 +23,8 @@ enum {
     SLOT_SLACK = WARPS,    /* slots not filled ahead: how far apart warps may be */
     SWITCH_CHARGE = 2,     /* tiles of 64 keys that changing queries costs */
     PAGE_SHIFT = 36,
+    BARRIER_SPLIT = 1, /* named barriers 1 to 4: the halves of a query */
+    BARRIER_TURN = 5,  /* 5 to 12: a warp's turn at the products */
 };
 
 /* What a launch adds to the slab. */

@@ -40,13 +40,13 @@ static __device__ __forceinline__ void multiply_step(float (&sums)[HEAD_TILES][2
 }
 
 /* Half a slot: sums[m][n] has heads 16m + lane / 4 (+ 8 for elements 2, 3) and keys 16 half + 8n +
- * lane % 4 * 2 + {0, 1}. `beside(t)` is called at each of D / 32 steps: other work, which then is
- * issued between products. */
-template <typename T, int D, typename Beside>
+ * lane % 4 * 2 + {0, 1}. `before` is called when the first keys have been read, `late` before the
+ * last products. */
+template <typename T, int D, typename Before, typename Late>
 static __device__ __forceinline__ void multiply_half(float (&sums)[HEAD_TILES][2][4],
                                                      const uint32_t (&a)[HEAD_TILES][D / 16][4],
                                                      uint32_t slot_address, int half,
-                                                     Beside beside) {
+                                                     Before before, Late late) {
     key_reader<D> keys(slot_address, half);
 #pragma unroll
     for (int t = 0; t < D / 32; t++) {
@@ -54,17 +54,20 @@ static __device__ __forceinline__ void multiply_half(float (&sums)[HEAD_TILES][2
 #pragma unroll
         for (int n = 0; n < 2; n++)
             x[n] = keys.load(t, n);
+        if (t == 0)
+            before();
 #pragma unroll
         for (int n = 0; n < 2; n++)
             multiply_step<T, D>(sums, a, 2 * t, n, x[n].x, x[n].y);
-        beside(t);
+        if (t == D / 32 - 1)
+            late();
 #pragma unroll
         for (int n = 0; n < 2; n++)
             multiply_step<T, D>(sums, a, 2 * t + 1, n, x[n].z, x[n].w);
     }
 }
 
-/* The same sums without other work, in an order that wants fewer registers. */
+/* The same sums in an order that wants fewer registers. */
 template <typename T, int D>
 static __device__ __forceinline__ void multiply_half(float (&sums)[HEAD_TILES][2][4],
                                                      const uint32_t (&a)[HEAD_TILES][D / 16][4],
@@ -78,6 +81,35 @@ static __device__ __forceinline__ void multiply_half(float (&sums)[HEAD_TILES][2
             multiply_step<T, D>(sums, a, 2 * t, n, x.x, x.y);
             multiply_step<T, D>(sums, a, 2 * t + 1, n, x.z, x.w);
         }
+}
+
+/* Warps w and w + 4 have one scheduler, and take turns at its matrix unit, the one with the lower
+ * number first: left to themselves they run in step, multiply at the same time and then add at the
+ * same time. */
+static __device__ __forceinline__ void await_turn(void) {
+    named_barrier(BARRIER_TURN + thread_of_block() / 32, 64);
+}
+
+static __device__ __forceinline__ void give_turn(void) {
+    named_barrier_arrive(BARRIER_TURN + (thread_of_block() / 32 ^ WARPS / 2), 64);
+}
+
+/* A slot's products, in this warp's turn. The turn is over with some left to issue, which take
+ * about as long as the other warp needs to begin. */
+template <typename T, int D, bool THRIFTY>
+static __device__ __forceinline__ void multiply_slot(float (&left)[HEAD_TILES][2][4],
+                                                     float (&right)[HEAD_TILES][2][4],
+                                                     const uint32_t (&a)[HEAD_TILES][D / 16][4],
+                                                     uint32_t slot_address) {
+    if (THRIFTY) {
+        await_turn();
+        multiply_half<T, D>(left, a, slot_address, 0);
+        multiply_half<T, D>(right, a, slot_address, 1);
+        give_turn();
+    } else {
+        multiply_half<T, D>(left, a, slot_address, 0, [&] { await_turn(); }, [] {});
+        multiply_half<T, D>(right, a, slot_address, 1, [] {}, [&] { give_turn(); });
+    }
 }
 
 /* Weighted sums of a thread's heads, for the queries of a group of N_OCTETS octets each and the
@@ -145,7 +177,7 @@ static __device__ __forceinline__ void store_split(struct shared_state *state,
     float *half = &state->upper_half[turn][warp / 2][lane];
     if (warp % 2)
         *half = score;
-    named_barrier(1 + warp / 2, 64);
+    named_barrier(BARRIER_SPLIT + warp / 2, 64);
     if (warp % 2 == 0 && target.key < sink->visible)
         *(uint32_t *)(sink->out + target.key) =
             target.masked ? SCORE_MASKED : __float_as_uint(score + *half);
@@ -177,7 +209,7 @@ static __device__ __forceinline__ void store_slot(const struct plan *plan,
         store_scores<N_OCTETS>(part, sink, target);
 }
 
-/* A slot's products, both halves, to scores, without other work beside it. */
+/* A slot's products, both halves, to scores. */
 template <int N_OCTETS, bool PADDED>
 static __device__ __forceinline__ void sum_slot_of(const struct plan *plan,
                                                    struct shared_state *state,
