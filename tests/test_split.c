@@ -86,7 +86,8 @@ static float sample(enum stream stream, struct rng *rng, int i, int n) {
 
 struct batch_data {
     int n_query, n_key;
-    float score[MOST_KEYS]; /* of an even row; of an odd one the negative */
+    float score[MOST_KEYS];      /* of an even row; of an odd one the negative */
+    int32_t order[2][MOST_KEYS]; /* best first: of even rows, of odd rows */
 };
 
 static struct batch_data batch[MOST_BATCHES];
@@ -115,35 +116,47 @@ static void write_query(uint16_t *to, int row) {
 }
 
 static const float *order_score;
-static int order_row;
+static int order_odd;
 
 static int before(const void *left, const void *right) {
     int32_t a = *(const int32_t *)left, b = *(const int32_t *)right;
     float x = order_score[a], y = order_score[b];
     if (isnan(x) || isnan(y))
         return isnan(x) == isnan(y) ? (a < b ? -1 : 1) : isnan(x) ? 1 : -1;
-    int larger = order_row % 2 ? x < y : x > y;
+    int larger = order_odd ? x < y : x > y;
     return x == y ? (a < b ? -1 : 1) : larger ? -1 : 1;
 }
 
+/* Once for all rows and thread counts: sorting takes longer than all else. */
+static void sort_keys(struct batch_data *b) {
+    order_score = b->score;
+    for (order_odd = 0; order_odd < 2; order_odd++) {
+        for (int i = 0; i < b->n_key; i++)
+            b->order[order_odd][i] = i;
+        qsort(b->order[order_odd], (size_t)b->n_key, sizeof(int32_t), before);
+    }
+}
+
+/* A row that sees the first `visible` keys has them in the order that they have among all. */
 static void check_row(const struct batch_data *b, int row, int visible, int k, const int32_t *index,
                       const float *value, const char *what) {
-    static int32_t order[MOST_KEYS];
-    int n = visible < k ? visible : k, bad = -1;
-    for (int i = 0; i < visible; i++)
-        order[i] = i;
-    order_score = b->score;
-    order_row = row;
-    qsort(order, (size_t)visible, sizeof *order, before);
+    const int32_t *order = b->order[row % 2];
+    int n = visible < k ? visible : k, bad = -1, at = 0, want = -1;
     for (int i = 0; i < k && bad < 0; i++) {
-        float score = i < n ? (row % 2 ? -1.0f : 1.0f) * b->score[order[i]] : -INFINITY;
+        float score = -INFINITY;
+        want = -1;
+        if (i < n) {
+            while (order[at] >= visible)
+                at++;
+            want = order[at++];
+            score = (row % 2 ? -1.0f : 1.0f) * b->score[want];
+        }
         int same = isnan(score) ? isnan(value[i]) : score == value[i];
-        if (index[i] != (i < n ? order[i] : -1) || !same)
+        if (index[i] != want || !same)
             bad = i;
     }
     CHECK(bad < 0, "%s, row %d, place %d: key %d with %g, it should be %d", what, row, bad,
-          bad < 0 ? 0 : index[bad], bad < 0 ? 0 : (double)value[bad],
-          bad < 0 || bad >= n ? -1 : order[bad]);
+          bad < 0 ? 0 : index[bad], bad < 0 ? 0 : (double)value[bad], want);
 }
 
 static struct lidx_tensor tensor(void *data, int code, int bits, int64_t *shape, int ndim) {
@@ -216,6 +229,7 @@ static void make_case(struct shape *s, struct rng *rng, enum stream stream) {
             batch[b].score[i] = sample(stream, rng, i, batch[b].n_key);
             write_key(key + (size_t)(keys + i) * DIM, batch[b].score[i]);
         }
+        sort_keys(&batch[b]);
         for (int i = 0; i < batch[b].n_query; i++) {
             write_query(query + (size_t)(tokens + i) * HEADS * DIM, i);
             for (int h = 0; h < HEADS; h++)
