@@ -5,8 +5,8 @@
  *
  * What must hold: lidx_workspace_size and lidx_run agree on the structure; a refused call touches
  * no data at all (every pointer leads nowhere) and has a sentence; an accepted one writes every
- * slot and nothing else, agrees with the float64 oracle on every CPU kernel, with scalar on every
- * index and value that scores determine, and has the same bits with three threads.
+ * slot and nothing else, agrees with the float64 oracle on every CPU kernel, and has the same bits
+ * with three threads.
  */
 #include "../test.h"
 
