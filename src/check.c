@@ -249,10 +249,12 @@ static int check_key(struct checker *c) {
     const int64_t *shape = c->key.tensor->shape;
     int64_t expected[MAX_DIMS] = {shape[0], p->key_packed ? 1 : shape[1],
                                   p->key_packed ? p->head_dim : 1, p->head_dim};
-    if (args->layout_key == LIDX_BSND)
+    const char *meaning = "one key head of query's dimension";
+    if (args->layout_key == LIDX_BSND) {
         expected[0] = p->n_batch;
-    if ((status = check_shape(&c->key, expected,
-                              "with one key head and query's batches and head dimension")))
+        meaning = "query's batches, and one key head of its dimension";
+    }
+    if ((status = check_shape(&c->key, expected, meaning)))
         return status;
     p->n_key = p->key_packed ? shape[0] : shape[1];
     if (!paged && p->n_key > INT32_MAX)
