@@ -39,6 +39,7 @@ const struct kernel lidx_kernel_amx = {
     .path = {[DTYPE_BF16] = {lidx_amx_packed_size_bf16, lidx_amx_pack_bf16, lidx_amx_score_bf16},
              [DTYPE_FP16] = {lidx_amx_packed_size_fp16, lidx_amx_pack_fp16, lidx_amx_score_fp16}},
     .score_two = {[DTYPE_BF16] = lidx_amx_score_two_bf16},
+    .shares_keys = {[DTYPE_BF16] = 1},
 };
 
 #endif

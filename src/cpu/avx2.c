@@ -276,32 +276,45 @@ static struct ahead ahead_of(const struct key_run *run, int key, int panels) {
     return ahead;
 }
 
-/* A tile of up to 24 keys. */
-INLINE void score_tile(float *score, const void *packed, int n_heads, int head_dim,
-                       const struct key_run *run, int key, int dtype) {
-    const int groups = group_count(n_heads);
-    const float *weights = packed, *masks = weights + groups * LANES;
-    const float *query = masks + groups * LANES;
+/* Keys of a run, widened. */
+struct tile {
+    float wide[TILE * PITCH] __attribute__((aligned(64)));
+    int key; /* the first */
+    int n;   /* up to TILE */
+};
+
+INLINE void widen_tile(struct tile *t, const struct key_run *run, int key, int head_dim,
+                       int dtype) {
     const int left = run->n_keys - key, n = left < TILE ? left : TILE;
     const int whole = n + CHAINS < TILE ? n + CHAINS : TILE; /* panels work on groups of keys */
-    struct ahead ahead = ahead_of(run, key, (groups + 1) / 2);
-    float wide[TILE * PITCH] __attribute__((aligned(64)));
+    t->key = key;
+    t->n = n;
+    widen_rows(t->wide, run, key, n, head_dim, dtype);
+    for (int j = n; j < whole && n % CHAINS != 1; j++) /* 1: then a key is left alone */
+        memset(t->wide + j * PITCH, 0, sizeof(float) * (size_t)head_dim);
+}
+
+/* The scores of a tile's keys, at their places in `score`; of the run `fetched` what follows them
+ * is fetched meanwhile. */
+INLINE void score_tile(float *score, const void *packed, int n_heads, int head_dim,
+                       const struct tile *t, const struct key_run *fetched) {
+    const int groups = group_count(n_heads), n = t->n;
+    const float *weights = packed, *masks = weights + groups * LANES;
+    const float *query = masks + groups * LANES;
+    struct ahead ahead = ahead_of(fetched, t->key, (groups + 1) / 2);
     float sums[TILE][LANES] __attribute__((aligned(64)));
     float last[LANES] __attribute__((aligned(64)));
-    widen_rows(wide, run, key, n, head_dim, dtype);
-    for (int j = n; j < whole && n % CHAINS != 1; j++) /* 1: then a key is left alone */
-        memset(wide + j * PITCH, 0, sizeof(float) * (size_t)head_dim);
     for (int g = 0; g < groups; g += 2) {
         if (groups - g >= 2)
-            panel(sums, query, weights + g * LANES, masks + g * LANES, wide, &ahead, n, head_dim,
+            panel(sums, query, weights + g * LANES, masks + g * LANES, t->wide, &ahead, n, head_dim,
                   g == 0, 2);
         else
-            panel(sums, query, weights + g * LANES, masks + g * LANES, wide, &ahead, n, head_dim,
+            panel(sums, query, weights + g * LANES, masks + g * LANES, t->wide, &ahead, n, head_dim,
                   g == 0, 1);
         query += 2 * head_dim * LANES;
     }
     int j = 0;
-    for (; j + LANES <= n; j += LANES)
+    for (score += t->key; j + LANES <= n; j += LANES)
         _mm256_store_ps(score + j, add_lanes(sums + j));
     if (j < n) {
         _mm256_store_ps(last, add_lanes(sums + j));
@@ -311,8 +324,23 @@ INLINE void score_tile(float *score, const void *packed, int n_heads, int head_d
 
 INLINE void score(float *out, const void *packed, int n_heads, int head_dim,
                   const struct key_run *run, int dtype) {
-    for (int key = 0; key < run->n_keys; key += TILE)
-        score_tile(out + key, packed, n_heads, head_dim, run, key, dtype);
+    struct tile tile;
+    for (int key = 0; key < run->n_keys; key += TILE) {
+        widen_tile(&tile, run, key, head_dim, dtype);
+        score_tile(out, packed, n_heads, head_dim, &tile, run);
+    }
+}
+
+/* Keys are widened once for both tokens. */
+INLINE void score_two(float *const out[2], const void *const packed[2], int n_heads, int head_dim,
+                      const struct key_run *run, int dtype) {
+    const struct key_run nothing = {run->block, run->row_stride, 1, 0};
+    struct tile tile;
+    for (int key = 0; key < run->n_keys; key += TILE) {
+        widen_tile(&tile, run, key, head_dim, dtype);
+        score_tile(out[0], packed[0], n_heads, head_dim, &tile, &nothing);
+        score_tile(out[1], packed[1], n_heads, head_dim, &tile, run);
+    }
 }
 
 TARGET static void pack_bf16(void *packed, const struct query_row *row) {
@@ -333,12 +361,23 @@ TARGET static void score_fp16(float *out, const void *packed, int n_heads, int h
     score(out, packed, n_heads, head_dim, run, DTYPE_FP16);
 }
 
+TARGET static void score_two_bf16(float *const out[2], const void *const packed[2], int n_heads,
+                                  int head_dim, const struct key_run *run) {
+    score_two(out, packed, n_heads, head_dim, run, DTYPE_BF16);
+}
+
+TARGET static void score_two_fp16(float *const out[2], const void *const packed[2], int n_heads,
+                                  int head_dim, const struct key_run *run) {
+    score_two(out, packed, n_heads, head_dim, run, DTYPE_FP16);
+}
+
 const struct kernel lidx_kernel_avx2 = {
     .name = "avx2",
     .needs = FEATURE_AVX2 | FEATURE_FMA | FEATURE_F16C,
     .topk = &lidx_topk_avx2,
     .path = {[DTYPE_BF16] = {packed_size, pack_bf16, score_bf16},
              [DTYPE_FP16] = {packed_size, pack_fp16, score_fp16}},
+    .score_two = {[DTYPE_BF16] = score_two_bf16, [DTYPE_FP16] = score_two_fp16},
 };
 
 #endif

@@ -135,6 +135,14 @@ static void work(struct run *run, int index, int n_threads) {
         lidx_write_rows_past_end(run->p);
 }
 
+/* Where tokens are few each is a block of its own, whose answer needs no bringing together, unless
+ * the kernel gains more by their sharing keys; one thread has nothing to bring together. */
+static int rows_wanted(const struct cpu *cpu, int dtype) {
+    const struct kernel *kernel = cpu->kernel;
+    int is_pair_free = kernel->score_two[dtype] && cpu->n_workers == 1;
+    return kernel->shares_keys[dtype] || is_pair_free ? 4 : 1;
+}
+
 static void prepare_run(struct run *run, const struct cpu *cpu, const struct problem *p) {
     size_t n_workers = (size_t)cpu->n_workers;
     run->p = p;
@@ -152,11 +160,9 @@ static void prepare_run(struct run *run, const struct cpu *cpu, const struct pro
     atomic_init(&run->next_block, 0);
     size_t rows = ROW_BYTES / (run->packed_bytes + run->entry_bytes);
     size_t slots = n_workers * SLOT_BYTES / run->slot_bytes, most = n_workers * SLOTS_PER_WORKER;
-    /* Kernels bound by arithmetic gain nothing from rows that share keys: there each row is a block
-     * of its own where tokens are few, and its answer needs no bringing together. */
     const struct plan_limits limits = {cpu->n_workers, rows < PLAN_ROWS ? (int)rows : PLAN_ROWS,
                                        (int64_t)(slots < most ? slots : most),
-                                       cpu->kernel->score_two[p->dtype] ? 4 : 1};
+                                       rows_wanted(cpu, p->dtype)};
     lidx_plan_build(&run->plan, p, &limits, cpu->cut);
     memset(cpu->splits, 0, sizeof *cpu->splits * (size_t)run->plan.n_splits);
 }

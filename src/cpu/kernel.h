@@ -79,6 +79,9 @@ struct kernel {
      * to the same bits. For kernels that gain by using keys twice once they are in registers. */
     void (*score_two[KEY_DTYPES])(float *const score[2], const void *const packed[2], int n_heads,
                                   int head_dim, const struct key_run *run);
+    /* By enum dtype: whether few tokens shall share keys even if threads must then share the
+     * tokens. What that costs is only worth it where loading keys is much of the time. */
+    int shares_keys[KEY_DTYPES];
 };
 
 #endif
