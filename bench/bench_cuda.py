@@ -351,7 +351,8 @@ def run_variants(report):
 
 
 def compare_types(report):
-    """fp16 against bf16 in turns, ours and cuBLAS's: the multipliers of fp16 draw more power."""
+    """fp16 against bf16 in turns, ours and cuBLAS's: both at the clock that the two leave together.
+    The rows of each by itself show more, if the multipliers of fp16 draw more power."""
     name = "prefill 2048 x 65536: fp16 / bf16"
     if not report.wants(name):
         return
