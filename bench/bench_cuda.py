@@ -142,8 +142,8 @@ def medians(runs, repeats, flush):
 
 
 def ratio_in_turns(run, to, repeats, flush):
-    """The median, over rounds, of the time of `run` to that of `to`. Each follows the other as often
-    as itself: the clock of a run depends on what drew power before it."""
+    """The median, over rounds, of the time of `run` to that of `to`. Each follows the other as
+    often as itself: the clock of a run depends on what drew power before it."""
     mine, others = seconds_in_turns([run, to], repeats, flush, back=True)
     return statistics.median(x / y for x, y in zip(mine, others))
 
