@@ -96,10 +96,8 @@ static void take_blocks(struct worker *w) {
     struct plan_cursor cursor;
     int sharers = run->n_workers / (int)(plan->n_splits ? plan->n_splits : 1);
     int64_t i;
-    if (plan->n_blocks == 1 && plan->n_splits == 1) { /* no thread need be the first */
-        lidx_split_share(w, &plan->cut[0], run->n_workers);
-        return;
-    }
+    if (plan->n_blocks == 1 && plan->n_splits == 1)
+        return; /* all of it is help, and no thread need be the first */
     lidx_plan_start(&cursor, plan);
     while ((i = atomic_fetch_add_explicit(&run->next_block, 1, memory_order_relaxed)) <
            plan->n_blocks) {

@@ -8,7 +8,6 @@
 enum {
     PARTS = 16,        /* most parts of a row */
     PART_ENTRIES = 64, /* fewer are not worth a part */
-    BLIND = 16,        /* the first run is 1/32 of all pieces at most */
     NEAR = 32,         /* how far from its place an entry usually lies, in ranks */
     PATIENCE = 8000,   /* blocks looked at while work is to come: up to some hundred microseconds */
 };
@@ -78,26 +77,28 @@ static void store_selections(struct worker *w, const struct plan_block *block, i
     }
 }
 
-/* Most pieces in a row: among several rows or blocks never so many that others could end long
- * before the worker that takes them. */
-static int64_t most_pieces(const struct run *run, const struct plan_block *block) {
-    const struct plan *plan = &run->plan;
-    int is_alone = plan->n_splits == 1 && block->n_rows == 1;
-    return is_alone ? plan->n_pieces : plan->n_pieces / (8 * (int64_t)run->n_workers);
-}
-
 static int pieces_left(const struct worker *w, const struct plan_block *block) {
     int taken = atomic_load_explicit(&split_of(w, block)->taken, memory_order_relaxed);
     return block->n_pieces - taken;
 }
 
-/* Takes up to n pieces in a row, at least one if there is one. Returns how many. */
-static int take_run(const struct worker *w, const struct plan_block *block, int n, int32_t *first) {
-    int64_t most = most_pieces(w->run, block);
-    n = n < most ? n : (int)most;
+/* Takes pieces of a cut block in a row: half of an equal share of those that are left, so that
+ * runs are long at first and short in the end; among several rows or blocks never so many that
+ * others could end long before this worker. Returns how many. */
+static int take_run(const struct worker *w, const struct plan_block *block, int sharers,
+                    int32_t *first) {
+    const struct plan *plan = &w->run->plan;
+    int64_t most = plan->n_pieces;
+    if (plan->n_splits > 1 || block->n_rows > 1)
+        most /= 8 * (int64_t)w->run->n_workers;
+    int left = pieces_left(w, block);
+    if (left <= 0)
+        return 0;
+    int n = left / (2 * sharers);
+    n = n > most ? (int)most : n;
     n = n > 1 ? n : 1;
     *first = atomic_fetch_add_explicit(&split_of(w, block)->taken, n, memory_order_relaxed);
-    int left = block->n_pieces - *first;
+    left = block->n_pieces - *first;
     return n < left ? n : left > 0 ? left : 0;
 }
 
@@ -269,14 +270,11 @@ static int are_last(struct worker *w, const struct plan_block *block, int n_piec
            block->n_pieces;
 }
 
-/* Takes half of an equal share of what is left, so that runs are long at first and short in the
- * end. How much is left is not looked at before the first: where all begin at once, a look delays
- * each of them. */
 void lidx_split_share(struct worker *w, const struct plan_block *block, int sharers) {
     int64_t n_keys = 0;
-    int n_pieces = 0, n, wanted = block->n_pieces / (2 * (sharers > BLIND ? sharers : BLIND));
+    int n_pieces = 0, n;
     int32_t first;
-    while ((n = take_run(w, block, wanted, &first)) > 0) {
+    while ((n = take_run(w, block, sharers, &first)) > 0) {
         int64_t begin = lidx_plan_key(block, first), end = lidx_plan_key(block, first + n);
         if (n_pieces == 0)
             lidx_worker_load(w, block);
@@ -284,10 +282,6 @@ void lidx_split_share(struct worker *w, const struct plan_block *block, int shar
         lidx_worker_score(w, block, begin, end);
         n_keys += end - begin;
         n_pieces += n;
-        int left = pieces_left(w, block);
-        if (left <= 0)
-            break;
-        wanted = left / (2 * sharers);
     }
     if (n_pieces == 0)
         return;
