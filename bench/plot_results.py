@@ -27,6 +27,8 @@ TITLES = {
     "h200": "NVIDIA H200, bf16, 64 heads x 128, top 2048, causal prefill",
     "xeon-emerald-rapids": "Xeon with AMX, 16 threads, bf16, 64 heads x 128, top 2048",
     "xeon-emerald-rapids-rivals": "Xeon with AMX, bf16, 64 heads x 128, top 2048 in order",
+    "zen3": "Zen 3 (AVX2), bf16, 64 heads x 128, top 2048",
+    "zen3-fp16": "Zen 3 (AVX2), fp16, 64 heads x 128, top 2048",
     "zen4": "Zen 4 (AVX-512 BF16), bf16, 64 heads x 128, top 2048",
     "zen4-rivals": "Zen 4 (AVX-512 BF16), bf16, 64 heads x 128, top 2048 in order",
     "zen4-fp32-kernels": "Zen 4, AVX2 and AVX-512 without BF16, 64 heads x 128, top 2048",
