@@ -23,7 +23,9 @@
 #include "features.h" /* the bits of struct kernel.needs */
 
 enum {
-    KEY_BLOCK = 16,         /* keys of one block: 16 divides every page size */
+    KEY_BLOCK = 16,  /* keys of one block: 16 divides every page size */
+    TILE_KEYS = 960, /* 60 key blocks, 20 tiles of 48, at most 240 KiB */
+    MAX_TILE_KEYS = 2880,
     MAX_HEADS = 128,
     MAX_HEAD_DIM = 128,
     /* Largest packed query: fp32 elements, fp32 weights and slack for alignment. */
@@ -73,7 +75,7 @@ struct kernel {
     /* Called by each thread before its first and after its last use in a run; may be NULL. */
     void (*enter)(void);
     void (*leave)(void);
-    const struct topk_loops *topk; /* NULL = the portable ones */
+    const struct topk_loops *topk;       /* NULL = the portable ones */
     struct kernel_path path[KEY_DTYPES]; /* by enum dtype: bf16 and fp16, both filled */
     /* By enum dtype; NULL where not offered: score() of two query tokens over the same run, each
      * to the same bits. For kernels that gain by using keys twice once they are in registers. */
@@ -82,6 +84,9 @@ struct kernel {
     /* By enum dtype: whether few tokens shall share keys even if threads must then share the
      * tokens. What that costs is only worth it where loading keys is much of the time. */
     int shares_keys[KEY_DTYPES];
+    /* Most keys of one call of score(): a multiple of 48 up to MAX_TILE_KEYS, 0 = TILE_KEYS. All
+     * rows of a block pass over them, so they should stay in L2. */
+    int tile_keys;
 };
 
 #endif

@@ -129,15 +129,30 @@ static void score_tile(struct worker *w, const struct plan_block *block, int64_t
     }
 }
 
+/* Where the tile that begins at `begin` ends: no further on than the kernel wants it. For a kernel
+ * that scores two rows at once it also ends where the keys that all rows see do. */
+static int64_t tile_end_of(const struct worker *w, const struct plan_block *block, int64_t begin,
+                           int64_t end) {
+    const struct kernel *kernel = w->run->kernel;
+    const int tile_keys = kernel->tile_keys ? kernel->tile_keys : TILE_KEYS;
+    int64_t seen = end;
+    for (int r = 0; r < block->n_rows; r++)
+        seen = w->row[r].visible < seen ? w->row[r].visible : seen;
+    if (seen < end && kernel->score_two[w->run->p->dtype]) {
+        seen -= seen % PLAN_ALIGN;
+        end = begin < seen ? seen : end;
+    }
+    return begin + tile_keys < end ? begin + tile_keys : end;
+}
+
 /* A tile of keys at a time: it stays in cache while the rows pass over it. */
 void lidx_worker_score(struct worker *w, const struct plan_block *block, int64_t begin,
                        int64_t end) {
-    int64_t tile_end = begin + TILE_KEYS < end ? begin + TILE_KEYS : end;
+    int64_t tile_end = tile_end_of(w, block, begin, end);
     touch_pages(w, block, begin, tile_end);
     for (; begin < end; begin = tile_end) {
-        tile_end = begin + TILE_KEYS < end ? begin + TILE_KEYS : end;
-        int64_t next_end = tile_end + TILE_KEYS < end ? tile_end + TILE_KEYS : end;
-        touch_pages(w, block, tile_end, next_end);
+        tile_end = tile_end_of(w, block, begin, end);
+        touch_pages(w, block, tile_end, tile_end_of(w, block, tile_end, end));
         int ahead = list_blocks(w, block, begin, tile_end, end);
         score_tile(w, block, begin, tile_end, ahead);
     }

@@ -13,9 +13,8 @@
 #include "topk.h"
 
 enum {
-    TILE_KEYS = 960,  /* keys of one score() call: 60 key blocks, 20 tiles of 48, 240 KiB */
     AHEAD_KEYS = 384, /* how far ahead of a tile a kernel may prefetch */
-    LIST_BLOCKS = (TILE_KEYS + AHEAD_KEYS) / KEY_BLOCK,
+    LIST_BLOCKS = (MAX_TILE_KEYS + AHEAD_KEYS) / KEY_BLOCK,
 };
 
 struct split;
@@ -49,7 +48,7 @@ struct worker {
     int index;
     struct row row[PLAN_ROWS];
     const void *list[LIST_BLOCKS];
-    _Alignas(64) float score[2][TILE_KEYS]; /* of two rows where the kernel takes two at once */
+    _Alignas(64) float score[2][MAX_TILE_KEYS]; /* of two rows where the kernel takes two at once */
     float weights[MAX_HEADS];
 };
 
