@@ -108,7 +108,7 @@ struct input {
 
 static void push_range(struct topk *t, const struct input *in, int begin, int end, struct rng *rng) {
     while (begin < end) {
-        int n = (int)rng_between(rng, 1, TOPK_STEP);
+        int n = (int)rng_between(rng, 1, rng_below(rng, 4) ? TOPK_STEP : 3 * TOPK_STEP);
         n = n < end - begin ? n : end - begin;
         lidx_topk_push(t, in->score + begin, n, in->offset + begin);
         begin += n;

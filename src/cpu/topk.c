@@ -167,9 +167,12 @@ static void make_room(struct topk *t) {
 }
 
 void lidx_topk_push(struct topk *t, const float *score, int n, int64_t position) {
-    if (t->n + n > t->capacity)
-        make_room(t);
-    t->n += t->loops->filter(t->entry + t->n, score, n, (uint32_t)position, t->threshold);
+    for (int step; n > 0; n -= step, score += step, position += step) {
+        step = n < TOPK_STEP ? n : TOPK_STEP;
+        if (t->n + step > t->capacity)
+            make_room(t);
+        t->n += t->loops->filter(t->entry + t->n, score, step, (uint32_t)position, t->threshold);
+    }
 }
 
 /* How many of a sorted list beat the threshold. */

@@ -17,8 +17,8 @@
 #include <string.h>
 
 enum {
-    TOPK_STEP = 1024, /* most scores of one push */
-    TOPK_SLACK = 16, /* entries that a filter may write past its n */
+    TOPK_STEP = 1024, /* scores that a selection has room for once it is cut back */
+    TOPK_SLACK = 16,  /* entries that a filter may write past its n */
     TOPK_NEAR = 16,
 };
 
@@ -107,7 +107,7 @@ static inline float lidx_topk_score(uint64_t entry) {
 
 void lidx_topk_reset(struct topk *t, int k, uint64_t *entry, const struct topk_loops *loops);
 
-/* n <= TOPK_STEP scores of positions position, position + 1, ... */
+/* n scores of positions position, position + 1, ... */
 void lidx_topk_push(struct topk *t, const float *score, int n, int64_t position);
 
 /* The candidates of a list of n <= k, best first, such as another selection's answer. */
