@@ -470,20 +470,20 @@ static void check_small(int32_t n_sm) {
         run_case(c, 1);
     }
     /* Clusters that hold 8 scores a thread, or 16: candidates that spread, share buckets, crowd
-     * them, or are too many. Few, since racecheck takes seconds for each row. */
+     * them, or are too many. Short rows and few, since racecheck takes seconds for each. */
     static const struct {
-        int kind, n_key;
-    } few[] = {{0, 70000}, {7, 65500}, {6, 20000}, {11, 70000}, {15, 9000}, {21, 20000},
-               {22, 70000}};
+        int kind, n_key, length;
+    } few[] = {{0, 70000, 9000}, {7, 20000, 9000},  {6, 20000, 8200}, {11, 70000, 9000},
+               {15, 9000, 9000}, {21, 20000, 9000}, {22, 70000, 9000}};
     for (auto &x : few) {
-        struct test_case c = {x.kind, {}, {x.n_key}, 1, 1, x.n_key, 0, 0, 2048, DTYPE_F32, 4096, 0,
-                              0};
+        struct test_case c = {x.kind, {}, {x.length}, 1, 1, x.n_key, 0, 0, 2048, DTYPE_F32, 4096,
+                              0, 0};
         run_case(c, 1);
     }
-    struct test_case uneven = {4, {}, {3000, 0, 30000}, 3, 1, 30000, 0, 0, 2048, DTYPE_BF16, 4096,
-                               0, 0};
-    run_case(uneven, 2);
-    struct test_case crowd = {0, {}, {}, 1, 140, 9000, 0, 3, 64, DTYPE_F32, n_sm, 0, 0};
+    struct test_case uneven = {4, {}, {3000, 0, 9000}, 3, 1, 9000, 0, 0, 2048, DTYPE_BF16, 4096, 0,
+                               0};
+    run_case(uneven, 1);
+    struct test_case crowd = {0, {}, {}, 1, 20, 9000, 0, 3, 64, DTYPE_F32, 1, 0, 0};
     run_case(crowd, 1);
 }
 
