@@ -10,7 +10,13 @@ PACKAGES = gcc g++ make cmake pkg-config libcjson-dev python3-venv
 
 MAKEFLAGS += --no-print-directory
 
+# Under make -j the builds called from here share its jobs; otherwise each takes every core.
+BUILD_JOBS = $(if $(findstring jobserver,$(MAKEFLAGS)),,-j $(JOBS))
+
+TRUST = asan coverage valgrind tsan fuzz reproduce torch
+
 .PHONY: help all demo test test-c test-python test-trust test-aarch64 campaign bench install clean setup
+.PHONY: python-package $(TRUST:%=trust-%)
 
 help:
 	@echo "make demo        build, and see the operator choose keys on a 32K-token context"
@@ -27,7 +33,7 @@ $(BUILD)/CMakeCache.txt: | setup
 	cmake --preset release -B $(BUILD) $(if $(CI),-DLIDX_WERROR=ON)
 
 all: $(BUILD)/CMakeCache.txt
-	cmake --build $(BUILD) -j $(JOBS)
+	+cmake --build $(BUILD) $(BUILD_JOBS)
 
 demo: $(BUILD)/CMakeCache.txt
 	cmake --build $(BUILD) -j $(JOBS) --target lidx
@@ -36,25 +42,34 @@ demo: $(BUILD)/CMakeCache.txt
 test: test-c test-python test-trust
 
 test-c: all
-	ctest --test-dir $(BUILD) --output-on-failure
+	ctest --test-dir $(BUILD) -j $(JOBS) --output-on-failure
 
+# Python compiles what the tests import of it; pip would compile everything, which takes longer.
 $(VENV)/ready: tests/requirements.txt | setup
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -q -r tests/requirements.txt
+	$(VENV)/bin/pip install -q --no-compile -r tests/requirements.txt
 	touch $@
 
 # The wheel is built and installed as by a user, but for the CUDA kernels, which were built above. The
 # tests run against what is installed, and look into the wheel itself.
-test-python: all $(VENV)/ready
+python-package: $(VENV)/ready
 	rm -rf $(BUILD)/wheel
 	$(VENV)/bin/pip wheel -q --no-build-isolation --no-deps -w $(BUILD)/wheel \
 	    --config-settings=cmake.define.LIDX_CUDA=OFF .
 	$(VENV)/bin/pip install -q --no-deps --force-reinstall $(BUILD)/wheel/*.whl
+
+test-python: all python-package
 	LIDX_BIN=$(BUILD)/tools/lidx LIDX_WHEEL=$$(echo $(BUILD)/wheel/*.whl) \
 	    $(VENV)/bin/python -m pytest -q -rs tests
 
-test-trust: all
-	sh tests/campaign.sh quick
+test-trust: $(TRUST:%=trust-%)
+
+# Configured before these begin: make takes what is ready in turn, and what is longest under way, the
+# CUDA kernels and then the Python tests, must not come last.
+trust-torch: python-package
+$(TRUST:%=trust-%) test-aarch64: | $(BUILD)/CMakeCache.txt
+$(TRUST:%=trust-%):
+	+@sh tests/campaign.sh quick $(@:trust-%=%)
 
 # Cross build for 64-bit ARM, the C tests under user-mode emulation. test_scale stays out: a million
 # keys take an emulator too long.
@@ -62,11 +77,12 @@ test-aarch64:
 	@sh scripts/setup.sh gcc-aarch64-linux-gnu qemu-user
 	cmake -B build-aarch64 -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake -DLIDX_WERROR=ON \
 	      -DLIDX_TOOLS=OFF -DLIDX_CUDA=OFF
-	cmake --build build-aarch64 -j $(JOBS)
-	LIDX_TEST_CASES=60 ctest --test-dir build-aarch64 --output-on-failure --exclude-regex test_scale
+	+cmake --build build-aarch64 $(BUILD_JOBS)
+	LIDX_TEST_CASES=60 ctest --test-dir build-aarch64 -j $(JOBS) --output-on-failure \
+	    --exclude-regex test_scale
 
 campaign: all
-	sh tests/campaign.sh long
+	+sh tests/campaign.sh long
 
 # RESULT names this machine's result files. oneDNN and libxsmm take part if they are installed:
 # apt-get install libdnnl-dev libxsmm-dev

@@ -2,8 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # Makes sure that the Debian packages named on the command line are there: installs them when
-# root, or else prints the one command that would. Quick when nothing is missing.
+# root, or else prints the one command that would. Quick when nothing is missing. Under `make -j`
+# several may be called at once: one after the other, since apt takes no second.
 set -eu
+if command -v flock >/dev/null; then
+    exec 9<"$0"
+    flock 9
+fi
 
 missing=
 for package in "$@"; do
