@@ -43,6 +43,9 @@
  * always waits for 8. A warp fills slots up to `ahead` beyond the one it reads: that is 8 less
  * than the ring has, so that it waits for readers who are 8 slots behind, if at all. The last of
  * all warps finds full what it wants to read and read what it wants to fill: no deadlock.
+ * The first of all must not be two rounds of the ring ahead, since a barrier's parity does not tell
+ * a round from the one before last. With 8 readers of a slot it cannot be. With fewer, the warps
+ * that share a place of the ring depend on each other within an item, and all meet at its end.
  *
  * Turns do not change this: a warp awaits one that is at an earlier slot, or in an earlier round at
  * the same one. Both of a pair have equally many turns in an item.
@@ -137,7 +140,9 @@ static __device__ __forceinline__ void run_item(const struct slab *s, const stru
         await_turn();
         give_turn();
     }
-    if (plan->split) /* the next item's turns begin anew */
+    if (stride > 1) /* or one might run on and be two rounds ahead */
+        named_barrier(BARRIER_ITEM, THREADS);
+    else if (plan->split) /* the next item's turns begin anew */
         named_barrier(BARRIER_SPLIT + warp / 2, 64);
 }
 

@@ -25,6 +25,7 @@ enum {
     PAGE_SHIFT = 36,
     BARRIER_SPLIT = 1, /* named barriers 1 to 4: the halves of a query */
     BARRIER_TURN = 5,  /* 5 to 12: a warp's turn at the products */
+    BARRIER_ITEM = 13, /* the end of an item whose slots are dealt out */
 };
 
 /* What a launch adds to the slab. */
