@@ -216,7 +216,9 @@ static cudaError_t launch(const struct slab *s, cudaStream_t stream) {
     int slots = (most - (int)sizeof(struct shared_state)) / SLOT_BYTES;
     if (slots < SLOTS_MIN)
         return cudaErrorInvalidDevice;
-    plan.n_slots = slots < SLOTS_MAX ? slots : SLOTS_MAX;
+    /* With a multiple of 4 a place of the ring is filled by one warp, or by the two that take turns:
+     * where slots are dealt out no other bounds how far they are apart. */
+    plan.n_slots = slots < SLOTS_MAX ? slots & ~3 : SLOTS_MAX;
     int bytes = plan.n_slots * SLOT_BYTES + (int)sizeof(struct shared_state);
     static uint64_t allowed; /* see allow_shared */
     status = allow_shared((const void *)score_kernel<T, D, ALIGNED, N_OCTETS>, bytes, &allowed);
