@@ -6,7 +6,7 @@
 A file's content tells what it is: bars of how many times torch eager takes the operator's time
 (bench_cuda.py, bench_cpu_torch.py), of the fraction of peak (lidx bench --json), or, for
 NAME-rivals.json (bench_cpu_rivals), groups of bars of the fraction of peak that the operator and its
-rivals reach, torch among them if NAME-torch*.json or NAME.json has it. With names, only NAME.json
+rivals reach, torch among them if NAME-torch*.json or else NAME.json has it. With names, only NAME.json
 and NAME-rivals.json.
 """
 
@@ -67,7 +67,7 @@ def times(ratio):
 def torch_sides(directory, name):
     """By (tokens, keys, threads) what bench_cpu_torch.py has: [(side, times our time)]."""
     sides = {}
-    for path in [*directory.glob(f"{name}-torch*.json"), *directory.glob(f"{name}.json")]:
+    for path in [*directory.glob(f"{name}.json"), *directory.glob(f"{name}-torch*.json")]:
         data = json.loads(path.read_text())
         if "torch" not in data:
             continue
