@@ -24,14 +24,14 @@
 enum {
     ROW_BYTES = 3 << 19,  /* of a worker, for packed queries and candidates: 1.5 MiB */
     SLOT_BYTES = 9 << 18, /* of a worker, for what it brings to blocks of many: 2.25 MiB */
-    WORKER_BYTES = ROW_BYTES + SLOT_BYTES,
+    WORKER_BYTES = ROW_BYTES + SLOT_BYTES + SCORE_BYTES,
     SPLITS_PER_WORKER = 64, /* cut blocks; each has at least two pieces and so two slots */
     SLOTS_PER_WORKER = 2 * SPLITS_PER_WORKER,
 };
 
 struct cpu {
     const struct kernel *kernel;
-    unsigned char *memory; /* n_workers x ROW_BYTES, then the slots */
+    unsigned char *memory; /* n_workers x ROW_BYTES, then the slots, then the scores */
     struct split *splits;
     struct plan_block *cut;
     int n_workers;
@@ -154,6 +154,7 @@ static void prepare_run(struct run *run, const struct cpu *cpu, const struct pro
     run->entry_bytes = round_up(sizeof(uint64_t) * (size_t)lidx_topk_capacity(p->top_k), 64);
     run->splits = cpu->splits;
     run->slots = cpu->memory + n_workers * ROW_BYTES;
+    run->scores = run->slots + n_workers * SLOT_BYTES;
     run->slot_bytes = lidx_slot_bytes(p->top_k);
     atomic_init(&run->next_block, 0);
     size_t rows = ROW_BYTES / (run->packed_bytes + run->entry_bytes);

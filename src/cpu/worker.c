@@ -38,6 +38,8 @@ void lidx_worker_start(struct worker *w, struct run *run, int index) {
     unsigned char *memory = run->memory + (size_t)index * run->row_bytes;
     w->run = run;
     w->index = index;
+    w->score[0] = (float *)(void *)(run->scores + (size_t)index * SCORE_BYTES);
+    w->score[1] = w->score[0] + MAX_TILE_KEYS;
     for (int r = 0; r < run->plan.rows; r++) {
         w->row[r].packed = memory;
         memory += run->packed_bytes;
@@ -100,9 +102,8 @@ static void score_rows(struct worker *w, int r, int n_rows, const struct key_run
                        int64_t begin) {
     const struct problem *p = w->run->p;
     if (n_rows == 2) {
-        float *const score[2] = {w->score[0], w->score[1]};
         const void *const packed[2] = {w->row[r].packed, w->row[r + 1].packed};
-        w->run->kernel->score_two[p->dtype](score, packed, p->n_heads, p->head_dim, keys);
+        w->run->kernel->score_two[p->dtype](w->score, packed, p->n_heads, p->head_dim, keys);
     } else {
         w->run->path->score(w->score[0], w->row[r].packed, p->n_heads, p->head_dim, keys);
     }

@@ -15,7 +15,10 @@
 enum {
     AHEAD_KEYS = 384, /* how far ahead of a tile a kernel may prefetch */
     LIST_BLOCKS = (MAX_TILE_KEYS + AHEAD_KEYS) / KEY_BLOCK,
+    SCORE_BYTES = 24 << 10, /* of a worker, for a tile's scores of two rows */
 };
+
+_Static_assert(2 * MAX_TILE_KEYS * sizeof(float) <= SCORE_BYTES, "two rows of a tile's scores");
 
 struct split;
 
@@ -28,6 +31,7 @@ struct run {
     int n_workers;
     unsigned char *memory; /* of the workers, row_bytes each */
     size_t row_bytes;
+    unsigned char *scores; /* of the workers, SCORE_BYTES each */
     size_t packed_bytes;
     size_t entry_bytes;
     struct split *splits; /* by number of the cut block */
@@ -48,7 +52,7 @@ struct worker {
     int index;
     struct row row[PLAN_ROWS];
     const void *list[LIST_BLOCKS];
-    _Alignas(64) float score[2][MAX_TILE_KEYS]; /* of two rows where the kernel takes two at once */
+    float *score[2]; /* of two rows where the kernel takes two at once; a small stack has no room */
     float weights[MAX_HEADS];
 };
 
