@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Instructions that every GPU from SM80 on has, as inline functions: asynchronous copies, the
- * barriers that count them, 16-bit matrix products. Shared-memory addresses are 32-bit, as PTX
- * takes them.
+ * barriers that count them, named barriers, 16-bit matrix products. Shared-memory addresses are
+ * 32-bit, as PTX takes them.
  */
 #ifndef LIDX_DEVICE_CUH
 #define LIDX_DEVICE_CUH

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Hopper's instructions as inline functions: mbarriers, TMA loads, wgmma, named barriers,
- * register reallocation. Shared-memory addresses are 32-bit, as PTX takes them.
+ * Hopper's instructions as inline functions: mbarriers, TMA loads, wgmma, register reallocation.
+ * Shared-memory addresses are 32-bit, as PTX takes them. What other GPUs have too is in device.cuh.
  */
 #ifndef LIDX_HOPPER_CUH
 #define LIDX_HOPPER_CUH
@@ -11,9 +11,7 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
-static __device__ __forceinline__ uint32_t shared_address(const void *pointer) {
-    return (uint32_t)__cvta_generic_to_shared(pointer);
-}
+#include "device.cuh"
 
 static __device__ __forceinline__ bool elect_one() {
     uint32_t elected;
@@ -183,20 +181,6 @@ template <int REGISTERS> static __device__ __forceinline__ void registers_shrink
 
 template <int REGISTERS> static __device__ __forceinline__ void registers_grow() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-}
-
-/* Lets a kernel that was launched as this one's dependent begin as soon as there is room for it;
- * it waits by itself for this one's results. */
-static __device__ __forceinline__ void launch_dependents() {
-    asm volatile("griddepcontrol.launch_dependents;");
-}
-
-static __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-static __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 #endif

@@ -30,12 +30,12 @@ namespace {
 template <class S> __device__ __forceinline__ void init_barriers(struct shared_memory<S> &s) {
     int lane = threadIdx.x & 31;
     if (lane < 2) {
-        barrier_init(shared_address(&s.query_full[lane]), 1 + 32); /* TMA warp, items warp */
-        barrier_init(shared_address(&s.query_empty[lane]), CONSUMERS * 4);
+        barrier_init(smem_address(&s.query_full[lane]), 1 + 32); /* TMA warp, items warp */
+        barrier_init(smem_address(&s.query_empty[lane]), CONSUMERS * 4);
     }
     if (lane < S::STAGES) {
-        barrier_init(shared_address(&s.key_full[lane]), 1);
-        barrier_init(shared_address(&s.key_empty[lane]), 4);
+        barrier_init(smem_address(&s.key_full[lane]), 1);
+        barrier_init(smem_address(&s.key_empty[lane]), 4);
     }
     barrier_init_fence();
     __syncwarp();
@@ -50,7 +50,7 @@ __device__ __forceinline__ void feed(const struct arguments &a, struct shared_me
     int warp = threadIdx.x / 32 % 4; /* by a shuffle it would cost prefill 4 percent */
     if (warp < 2) {
         struct walk w = find_run<S>(a, s);
-        named_barrier_sync(BARRIER_FEED, 3 * 32);
+        named_barrier(BARRIER_FEED, 3 * 32);
         if (warp == 0)
             feed_tensors<S>(a, s, query_map, key_map, w);
         else
@@ -74,7 +74,7 @@ __global__ __launch_bounds__(THREADS, 1) void score_sm90(
     extern __shared__ __align__(1024) uint8_t raw[];
     struct shared_memory<S> &s = *(struct shared_memory<S> *)raw;
     long long begin = clock64();
-    launch_dependents();
+    allow_next_kernel();
     if (chunk_size(a) > LANE_BATCHES) {
         sum_chunks<S>(a, s);
         __syncthreads();
@@ -87,7 +87,7 @@ __global__ __launch_bounds__(THREADS, 1) void score_sm90(
         feed<S>(a, s, &query_map, &key_map);
     } else {
         registers_grow<S::CONSUMER_REGISTERS>();
-        named_barrier_sync(BARRIER_CONSUME, CONSUMERS * WARPGROUP + 32);
+        named_barrier(BARRIER_CONSUME, CONSUMERS * WARPGROUP + 32);
         consume<T, S>(a, s, group);
         if (a.cycles && threadIdx.x == 0)
             atomicAdd(a.cycles, (unsigned long long)(clock64() - begin));

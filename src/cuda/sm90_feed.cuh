@@ -183,14 +183,14 @@ template <class S>
 __device__ __forceinline__ void load_query(const struct arguments &a, struct shared_memory<S> &s,
                                            const CUtensorMap *map, const struct walk &w,
                                            int place) {
-    uint32_t full = shared_address(&s.query_full[place]);
+    uint32_t full = smem_address(&s.query_full[place]);
     int32_t batch = a.p.query_packed ? 0 : w.next.batch;
     if (!elect_one())
         return;
     barrier_expect(full, S::QUERY_BYTES);
     for (int half = 0; half < S::HALVES; half++)
         for (int group = 0; group < S::GROUPS; group++)
-            tma_load_5d(shared_address(s.query[place]) +
+            tma_load_5d(smem_address(s.query[place]) +
                             (half * S::COLUMNS + group * S::GROUP_ROWS) * 128,
                         map, full, half * 64, 0, w.part.query_begin + w.query + 4 * group, 0,
                         batch);
@@ -241,11 +241,11 @@ __device__ __forceinline__ void load_dense_keys(const struct arguments &a,
     int32_t row = w.part.key_begin + w.begin * TILE_KEYS;
     uint64_t policy = cache_policy<S::KEEP_KEYS>();
     for (int32_t tile = w.begin; tile < w.end; tile++, row += TILE_KEYS) {
-        uint32_t full = shared_address(&s.key_full[keys.place]);
-        barrier_wait(shared_address(&s.key_empty[keys.place]), keys.phase ^ 1);
+        uint32_t full = smem_address(&s.key_full[keys.place]);
+        barrier_wait(smem_address(&s.key_empty[keys.place]), keys.phase ^ 1);
         if (elect_one()) {
             barrier_expect(full, S::KEY_BYTES);
-            tma_load_4d<S::KEEP_KEYS>(shared_address(s.key[keys.place]), map, full, 0, row, 0,
+            tma_load_4d<S::KEEP_KEYS>(smem_address(s.key[keys.place]), map, full, 0, row, 0,
                                       batch, policy);
         }
         __syncwarp();
@@ -269,8 +269,8 @@ __device__ __forceinline__ void load_paged_keys(const struct arguments &a,
     struct pages pages;
     int32_t slot = 32;
     for (int32_t tile = w.begin; tile < w.end; tile++) {
-        uint32_t full = shared_address(&s.key_full[keys.place]);
-        uint32_t destination = shared_address(s.key[keys.place]);
+        uint32_t full = smem_address(&s.key_full[keys.place]);
+        uint32_t destination = smem_address(s.key[keys.place]);
         if (slot == 32) {
             slot = 0;
             pages = place_pages(a, tile * PIECES, next);
@@ -282,7 +282,7 @@ __device__ __forceinline__ void load_paged_keys(const struct arguments &a,
             id[piece] = __shfl_sync(0xffffffffu, pages.id, slot + piece);
             row[piece] = __shfl_sync(0xffffffffu, pages.row, slot + piece);
         }
-        barrier_wait(shared_address(&s.key_empty[keys.place]), keys.phase ^ 1);
+        barrier_wait(smem_address(&s.key_empty[keys.place]), keys.phase ^ 1);
         if (elect_one()) {
             s.masked[keys.place] = spread_mask<PIECES>(pages.masked >> slot);
             barrier_expect(full, S::KEY_BYTES);
@@ -309,10 +309,10 @@ __device__ __forceinline__ void feed_tensors(const struct arguments &a, struct s
     bool more;
     do {
         more = walk_next<S>(a, w);
-        barrier_wait(shared_address(&s.query_empty[queries.place]), queries.phase ^ 1);
+        barrier_wait(smem_address(&s.query_empty[queries.place]), queries.phase ^ 1);
         if (!more) {
             if (elect_one())
-                barrier_arrive(shared_address(&s.query_full[queries.place]));
+                barrier_arrive(smem_address(&s.query_full[queries.place]));
             break;
         }
         int32_t page = a.p.page_size ? load_page(a, w, first_piece(a, w)) : 0;
@@ -373,7 +373,7 @@ __device__ __forceinline__ void feed_items(const struct arguments &a, struct sha
     do {
         more = walk_next<S>(a, w);
         int place = queries.place;
-        barrier_wait(shared_address(&s.query_empty[place]), queries.phase ^ 1);
+        barrier_wait(smem_address(&s.query_empty[place]), queries.phase ^ 1);
         if (!more) {
             s.items[place].n_tiles = 0;
         } else {
@@ -391,7 +391,7 @@ __device__ __forceinline__ void feed_items(const struct arguments &a, struct sha
                                   w.end - w.begin};
             }
         }
-        barrier_arrive(shared_address(&s.query_full[place]));
+        barrier_arrive(smem_address(&s.query_full[place]));
         ring_step<2, 1>(queries);
     } while (more);
 }
