@@ -149,11 +149,11 @@ static int64_t tile_end_of(const struct worker *w, const struct plan_block *bloc
 /* A tile of keys at a time: it stays in cache while the rows pass over it. */
 void lidx_worker_score(struct worker *w, const struct plan_block *block, int64_t begin,
                        int64_t end) {
-    int64_t tile_end = tile_end_of(w, block, begin, end);
+    int64_t tile_end = tile_end_of(w, block, begin, end), next_end;
     touch_pages(w, block, begin, tile_end);
-    for (; begin < end; begin = tile_end) {
-        tile_end = tile_end_of(w, block, begin, end);
-        touch_pages(w, block, tile_end, tile_end_of(w, block, tile_end, end));
+    for (; begin < end; begin = tile_end, tile_end = next_end) {
+        next_end = tile_end_of(w, block, tile_end, end);
+        touch_pages(w, block, tile_end, next_end);
         int ahead = list_blocks(w, block, begin, tile_end, end);
         score_tile(w, block, begin, tile_end, ahead);
     }
