@@ -249,6 +249,11 @@ static size_t bytes_of_value(const struct test_case &c) {
     return c.values_dtype == DTYPE_F32 ? 4 : 2;
 }
 
+/* Rows of one launch, of `rows` in all. */
+static int64_t rows_of_slab(const struct test_case &c, int64_t rows) {
+    return c.slab_rows ? c.slab_rows : std::max(rows, (int64_t)1);
+}
+
 static int64_t visible_keys(const struct test_case &c, const struct problem *p, int64_t row) {
     int64_t b = c.packed ? batch_of(c, row) : row / c.n_query;
     if (b >= c.n_batch)
@@ -286,8 +291,7 @@ static struct slab upload(const struct test_case &c, const struct expectation &e
     struct problem *p = &s.p;
     *p = problem_of(c);
     size_t k = (size_t)c.top_k, bytes = bytes_of_value(c);
-    size_t room = lidx_topk_scratch(c.slab_rows ? c.slab_rows : std::max(e.rows, (int64_t)1),
-                                    c.n_key, c.top_k, c.n_sm);
+    size_t room = lidx_topk_scratch(rows_of_slab(c, e.rows), c.n_key, c.top_k, c.n_sm);
     void *indices;
     p->query_lengths = c.query_lengths.empty() ? NULL : device_copy(c.query_lengths);
     p->key_lengths = c.key_lengths.empty() ? NULL : device_copy(c.key_lengths);
@@ -321,7 +325,7 @@ static struct answer select_rows(const struct test_case &c, const struct expecta
     struct answer a = {std::vector<int32_t>(e.indices.size()),
                        std::vector<unsigned char>(e.values.size())};
     float *scores = s.scores;
-    int64_t step = c.slab_rows ? c.slab_rows : std::max(e.rows, (int64_t)1);
+    int64_t step = rows_of_slab(c, e.rows);
     MUST(cudaMemset(s.p.indices, 0x5A, a.indices.size() * 4));
     MUST(cudaMemset(s.p.values, 0x5A, a.values.size()));
     for (int64_t begin = 0; begin < e.rows; begin += step) {
