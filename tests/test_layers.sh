@@ -35,7 +35,7 @@ room() {
 
 c='<(assert|ctype|errno|fenv|float|inttypes|limits|math|setjmp|signal|stdalign|stdarg|stdatomic|stdbool|stddef|stdint|stdio|stdlib|string|time)\.h>'
 public='"lightning_indexer\.h"'
-core='"(backend|check|dtype|error|problem|visible)\.h"'
+core='"(backend|check(_tensor|_values)?|dtype|error|problem|visible)\.h"'
 above='"\.\./(backend|dtype|error|problem|visible)\.h"'
 intrinsics='<(immintrin|arm_neon|cpuid)\.h>'
 # Kernels: of each, FILE.c, FILE.h, FILE_PART.c ...
