@@ -113,7 +113,13 @@ def resident_bytes():
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def memory_in_use():
+    gc.collect()
+    return bytes_in_use(), resident_bytes()
+
+
 def live_tensors():
+    """Lists all objects to count them: not to be called between two looks at the memory."""
     gc.collect()
     return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
 
@@ -142,10 +148,12 @@ def test_calls_and_refused_calls_leak_nothing(layouts):
     for work, n in ((calls, 5000), (refusals, 2500)):
         work(300)
         holders = [t._use_count() for t in arguments if isinstance(t, torch.Tensor)]
-        tensors, used, resident = live_tensors(), bytes_in_use(), resident_bytes()
+        tensors = live_tensors()
+        used, resident = memory_in_use()
         work(n)  # 10,000 calls of the operators
+        used_now, resident_now = memory_in_use()
         assert live_tensors() == tensors
         assert [t._use_count() for t in arguments if isinstance(t, torch.Tensor)] == holders
         # One forgotten cell of 8 bytes a call would be 160 KB or more.
-        assert used is None or bytes_in_use() - used < 80_000
-        assert resident_bytes() - resident < 4 << 20
+        assert used is None or used_now - used < 80_000
+        assert resident_now - resident < 4 << 20
