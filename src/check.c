@@ -120,16 +120,17 @@ static int check_key(struct checker *c) {
     return lidx_check_strides(&c->key, p->key_packed, 0);
 }
 
+static int refuse_missing(const char *name, const char *required) {
+    return lidx_fail(LIDX_ERR_ARGUMENT, "%s is missing; it is required with %s", name, required);
+}
+
 /* One of the two lists; `required` says why it may not be left out, or is NULL. */
 static int check_lengths(struct checker *c, struct operand *o, const char *name,
                          const struct lidx_tensor *t, const char *required) {
     int status;
     if (!t) {
         *o = (struct operand){.name = name};
-        if (required)
-            return lidx_fail(LIDX_ERR_ARGUMENT, "%s is missing; it is required with %s", name,
-                             required);
-        return LIDX_OK;
+        return required ? refuse_missing(name, required) : LIDX_OK;
     }
     if ((status = lidx_check_structure(o, name, t, 1, &c->device)) ||
         (status = lidx_check_int32(o)) || (status = lidx_check_strides(o, 1, 0)))
@@ -172,6 +173,8 @@ static int check_table(struct checker *c) {
     int status;
     if (c->args->layout_key != LIDX_PA_BSND)
         return LIDX_OK;
+    if (!t)
+        return refuse_missing("block_table", "layout_key PA_BSND");
     if ((status = lidx_check_structure(&c->table, "block_table", t, 2, &c->device)) ||
         (status = lidx_check_int32(&c->table)))
         return status;

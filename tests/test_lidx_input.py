@@ -273,7 +273,7 @@ def test_rows_for_no_bytes(tmp_path):
     "arguments, words",
     [
         ([], ["command"]),
-        (["walk"], ["walk", "run"]),
+        (["walk"], ["walk", "run", "--help"]),
         (["run"], ["file is missing"]),
         (["run", "/nonexistent/file"], ["/nonexistent/file", "No such file"]),
         (["run", "/"], ["regular file"]),

@@ -67,7 +67,7 @@ BAD = {
     "actual_seq_lengths_key has dtype int64; it should be int32": lambda: listed(
         Case(), 1, torch.tensor([40, 33])
     ),
-    "block_table is missing": lambda: paged(lambda table: None),
+    "block_table is missing; it is required with layout_key PA_BSND": lambda: paged(lambda table: None),
     r"block_table\[0\]\[0\] is 999": lambda: paged(lambda table: table * 0 + 999),
     "block_table has shape": lambda: paged(lambda table: table[:1]),
     'layout_query is "BNSD"; it should be "BSND" or "TND"': lambda: optioned(layout_query="BNSD"),

@@ -55,7 +55,9 @@ static int dispatch(int argc, char **argv) {
             message_command(argv[1]);
             return commands[i].run(argc - 2, argv + 2);
         }
-    return refuse("\"%.40s\" is no command; it should be demo, run, check, bench or info", argv[1]);
+    return refuse("\"%.40s\" is no command; it should be demo, run, check, bench or info (lidx "
+                  "--help tells more)",
+                  argv[1]);
 }
 
 int main(int argc, char **argv) {
