@@ -79,6 +79,18 @@ verdict "$(grep -rnE '(-march=|-mtune=|-ffast-math|-Ofast|-mavx|-mfma|-mamx|funs
 verdict "$(grep -n 'ffp-contract=off' CMakeLists.txt >/dev/null || echo CMakeLists.txt)" \
     'the build forbids contraction'
 
+# The map of docs/design.md names each source file, by itself ("check.h", "check.c", "check.h .c") or
+# with its family ("amx_*.h"); and what it names is there.
+map=$(sed -n '/^## The map/,/^## Direction/p' docs/design.md)
+verdict "$(for file in src/*.[ch] src/cpu/*.[ch] src/cuda/*.c src/cuda/*.cu src/cuda/*.cuh src/cuda/*.h; do
+    name=${file##*/}
+    stem=${name%.*} ending=${name##*.}
+    echo "$map" | grep -Eq "\b($stem|${stem%%_*}_\*)(\.[a-z]+ )?\.$ending\b" || echo "$file"
+done)" 'docs/design.md has every source file on its map'
+verdict "$(echo "$map" | grep -Eo '[a-z][a-z0-9_]*\.(c|h|cu|cuh|py|sh)\b' | sort -u | while read -r name; do
+    [ -n "$(find include src bindings tools examples tests bench -name "$name")" ] || echo "$name"
+done)" 'docs/design.md has nothing on its map that is not there'
+
 # Names and leftovers.
 sources=$(find src include tools bindings tests examples bench \
     \( -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py' -o -name '*.sh' \) \
