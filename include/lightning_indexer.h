@@ -192,6 +192,8 @@ struct lidx_kernel_info {
     const char *reason; /* why it is, or is not, available and chosen: a sentence */
 };
 
+/* Kernels of all backends, those of the CPU first; `index` counts from 0 through them. Errors:
+ * LIDX_ERR_ARGUMENT, also where info->size is less than this version's struct has. */
 LIDX_API int lidx_kernel_count(void);
 LIDX_API int lidx_kernel_info(int index, struct lidx_kernel_info *info);
 
