@@ -35,9 +35,14 @@ $(BUILD)/CMakeCache.txt: | setup
 all: $(BUILD)/CMakeCache.txt
 	+cmake --build $(BUILD) $(BUILD_JOBS)
 
-demo: $(BUILD)/CMakeCache.txt
-	cmake --build $(BUILD) -j $(JOBS) --target lidx
-	$(BUILD)/tools/lidx demo
+# The demo runs on the CPU. It has a build of its own without the CUDA kernels, over which nvcc takes
+# minutes.
+$(BUILD)-demo/CMakeCache.txt: | setup
+	cmake --preset release -B $(BUILD)-demo -DLIDX_CUDA=OFF -DLIDX_TESTS=OFF
+
+demo: $(BUILD)-demo/CMakeCache.txt
+	+cmake --build $(BUILD)-demo $(BUILD_JOBS) --target lidx
+	$(BUILD)-demo/tools/lidx demo
 
 test: test-c test-python test-trust
 
@@ -101,4 +106,4 @@ install: all
 	cmake --install $(BUILD) --prefix $(or $(PREFIX),/usr/local)
 
 clean:
-	rm -rf $(BUILD) build-* $(VENV)
+	rm -rf $(BUILD) $(BUILD)-demo build-* $(VENV)
