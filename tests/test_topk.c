@@ -109,8 +109,13 @@ struct input {
 static void push_range(struct topk *t, const struct input *in, int begin, int end, struct rng *rng) {
     while (begin < end) {
         int n = (int)rng_between(rng, 1, rng_below(rng, 4) ? TOPK_STEP : 3 * TOPK_STEP);
+        n = rng_below(rng, 2) ? (n + 15) / 16 * 16 : n; /* others can only be the last that wait */
         n = n < end - begin ? n : end - begin;
-        lidx_topk_push(t, in->score + begin, n, in->offset + begin);
+        float *room = rng_below(rng, 8) ? lidx_topk_reserve(t, n, in->offset + begin) : NULL;
+        if (room)
+            memcpy(room, in->score + begin, sizeof *room * (size_t)n);
+        else
+            lidx_topk_push(t, in->score + begin, n, in->offset + begin);
         begin += n;
     }
 }

@@ -2,7 +2,8 @@
  *
  * Candidates that beat a threshold are appended to a buffer of 4k entries; when it is full the
  * buffer is cut back to k..1.5k and the threshold rises. Most keys of a long row then cost one
- * comparison.
+ * comparison. As long as there is no threshold, scores may wait in that buffer until a sample of
+ * them gives one.
  *
  * A cut takes its bound from a sorted sample. Where the sample misleads, the range that the entries
  * span is divided into 2^11 equal bins, and the bin in which the k-th largest lies is looked into
@@ -126,21 +127,40 @@ static void cut_by_bins(struct bench *b, struct topk *t, int most) {
 
 static void sort(struct bench *b, uint64_t *entry, int n, int k);
 
-/* A bound that a few more than k of n entries reach, if a sample of every so manieth tells the
- * truth: two standard deviations below the sample's own k/n-th. */
-static uint64_t guess_bound(struct bench *b, const struct topk *t) {
-    uint64_t sample[SAMPLE], spare[SAMPLE];
-    uint16_t bin[SAMPLE];
-    b->spare = spare, b->bin = bin;
-    int stride = t->n / SAMPLE, rank = (int)((int64_t)t->k * SAMPLE / t->n), deviation = 1;
-    for (int i = 0; i < SAMPLE; i++)
-        sample[i] = t->entry[i * stride];
+/* How many of a sample of n are to reach a bound that k of n shall reach, and few more: two
+ * standard deviations more than would on average. */
+static int sample_rank(int k, int n) {
+    int rank = (int)((int64_t)k * SAMPLE / n), deviation = 1;
     while (deviation * deviation * SAMPLE < rank * (SAMPLE - rank))
         deviation++;
-    rank += 2 * deviation;
-    rank = rank < SAMPLE ? rank : SAMPLE - 1;
-    sort(b, sample, SAMPLE, rank + 1);
-    return sample[rank];
+    rank += 2 * deviation + 1;
+    return rank < SAMPLE ? rank : SAMPLE;
+}
+
+/* What `rank` or up to `rank` / 32 more entries of a sample reach, by halving. */
+static uint64_t bound_of_sample(const struct topk_loops *loops, const uint64_t *sample, int rank) {
+    struct topk_range r = loops->range(sample, SAMPLE);
+    while (r.high - r.low > 1) { /* enough reach low, too few reach high, if not all are one */
+        uint64_t middle = r.low + (r.high - r.low) / 2;
+        int reach = loops->count(sample, SAMPLE, middle);
+        if (reach < rank)
+            r.high = middle;
+        else
+            r.low = middle;
+        if (reach >= rank && reach <= rank + rank / 32)
+            break;
+    }
+    return r.low;
+}
+
+/* A bound that a few more than k of n entries reach, if a sample of every so manieth tells the
+ * truth. */
+static uint64_t guess_bound(const struct topk *t) {
+    uint64_t sample[SAMPLE];
+    int stride = t->n / SAMPLE;
+    for (int i = 0; i < SAMPLE; i++)
+        sample[i] = t->entry[i * stride];
+    return bound_of_sample(t->loops, sample, sample_rank(t->k, t->n));
 }
 
 /* What a cut may leave: it usually takes one round to get there. */
@@ -151,13 +171,70 @@ static int rough(int k) {
 /* Cuts the n > k entries to at least k of the best and at most `most` (>= k). */
 static void cut(struct bench *b, struct topk *t, int most) {
     if (t->n >= 4 * SAMPLE) {
-        uint64_t bound = guess_bound(b, t);
+        uint64_t bound = guess_bound(t);
         int reach = t->loops->count(t->entry, t->n, bound);
         if (reach >= t->k && reach < t->n)
             drop_below(t, bound);
     }
     if (t->n > most)
         cut_by_bins(b, t, most);
+}
+
+/* ---- scores that wait ------------------------------------------------------------------------
+ *
+ * They take half the room of candidates, and most never become any. Who computes them writes them
+ * where they wait.
+ */
+
+/* How many can wait: as many as there is room for as candidates. */
+static int waiting_room(const struct topk *t) {
+    return t->capacity - TOPK_SLACK;
+}
+
+/* They end where the buffer does, so that candidates of the first i end before the others. */
+static float *waiting(const struct topk *t) {
+    int end = 2 * lidx_topk_capacity(t->k), aligned = (end - waiting_room(t)) / 16 * 16;
+    return (float *)(void *)t->entry + aligned;
+}
+
+float *lidx_topk_reserve(struct topk *t, int n, int64_t position) {
+    int waits = t->n_waiting;
+    if (t->threshold || t->n || waits + n > waiting_room(t) || waits % 16)
+        return NULL;
+    if (waits == 0)
+        t->position = position;
+    else if (position != t->position + waits)
+        return NULL;
+    t->n_waiting += n;
+    return waiting(t) + waits;
+}
+
+static uint64_t guess_waiting_bound(const struct topk *t) {
+    uint64_t sample[SAMPLE + TOPK_SLACK];
+    float score[SAMPLE];
+    int stride = t->n_waiting / SAMPLE;
+    for (int i = 0; i < SAMPLE; i++)
+        score[i] = waiting(t)[i * stride];
+    t->loops->filter(sample, score, SAMPLE, (uint32_t)t->position, 0);
+    for (int i = 0; i < SAMPLE; i++) /* of equal scores, bounds tell the first */
+        sample[i] -= (uint64_t)i * (uint64_t)(stride - 1);
+    return bound_of_sample(t->loops, sample, sample_rank(t->k, t->n_waiting));
+}
+
+/* Makes candidates of the scores that wait. Should the sample have misled, what beats its bound is
+ * less than k and has taken no score's place. */
+static void end_wait(struct topk *t) {
+    const float *score = waiting(t);
+    int n = t->n_waiting;
+    if (t->threshold == 0 && n >= 4 * SAMPLE && n > rough(t->k)) {
+        uint64_t bound = guess_waiting_bound(t);
+        t->n = t->loops->filter(t->entry, score, n, (uint32_t)t->position, bound - 1);
+        if (t->n >= t->k)
+            t->threshold = bound - 1;
+    }
+    if (t->n < t->k)
+        t->n = t->loops->filter(t->entry, score, n, (uint32_t)t->position, t->threshold);
+    t->n_waiting = 0;
 }
 
 static void make_room(struct topk *t) {
@@ -167,6 +244,8 @@ static void make_room(struct topk *t) {
 }
 
 void lidx_topk_push(struct topk *t, const float *score, int n, int64_t position) {
+    if (t->n_waiting)
+        end_wait(t);
     for (int step; n > 0; n -= step, score += step, position += step) {
         step = n < TOPK_STEP ? n : TOPK_STEP;
         if (t->n + step > t->capacity)
@@ -189,6 +268,8 @@ static int count_beating(const uint64_t *sorted, int n, uint64_t threshold) {
 }
 
 void lidx_topk_add(struct topk *t, const uint64_t *sorted, int n) {
+    if (t->n_waiting)
+        end_wait(t);
     n = count_beating(sorted, n, t->threshold);
     if (t->n + n > t->capacity) {
         make_room(t);
@@ -362,6 +443,8 @@ static void sort(struct bench *b, uint64_t *entry, int n, int k) {
 void lidx_topk_sort(struct topk *t) {
     struct bench b;
     b.loops = t->loops;
+    if (t->n_waiting)
+        end_wait(t);
     if (t->n > rough(t->k)) /* fewer are binned with the others more quickly than cut away */
         cut(&b, t, rough(t->k));
     b.spare = t->entry + t->n;

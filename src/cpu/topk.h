@@ -39,7 +39,9 @@ struct topk_bins {
  * answers are the same to the bit. */
 struct topk_loops {
     /* Appends to `entry` the candidates of score[0..n) at position, position + 1, ... that beat
-     * `threshold`; returns how many. May write n + TOPK_SLACK entries, whatever their number. */
+     * `threshold`; returns how many. May write n + TOPK_SLACK entries, whatever their number, but
+     * none further on than TOPK_SLACK behind the number of scores that it has read: they may lie
+     * at the end of the same memory. */
     int (*filter)(uint64_t *entry, const float *score, int n, uint32_t position,
                   uint64_t threshold);
     /* n >= 1 */
@@ -67,6 +69,8 @@ struct topk {
     const struct topk_loops *loops;
     uint64_t threshold; /* whatever does not beat it cannot be among the k best */
     int n;
+    int n_waiting;    /* scores in the buffer that are no candidates yet ... */
+    int64_t position; /* ... and the position of the first of them */
     int k;
     int capacity;
 };
@@ -106,6 +110,10 @@ static inline float lidx_topk_score(uint64_t entry) {
 }
 
 void lidx_topk_reset(struct topk *t, int k, uint64_t *entry, const struct topk_loops *loops);
+
+/* Where the next n scores, of positions position, position + 1, ..., can be written instead of
+ * being pushed: a multiple of 64 bytes from `entry`. NULL when they must be pushed. */
+float *lidx_topk_reserve(struct topk *t, int n, int64_t position);
 
 /* n scores of positions position, position + 1, ... */
 void lidx_topk_push(struct topk *t, const float *score, int n, int64_t position);

@@ -63,45 +63,72 @@ INLINE void transpose(vector *out, const vector *r) {
 #include "topk_x86.h"
 
 /* lidx_topk_key of 16 scores. */
-TARGET static inline __m512i keys_of(__m512 score) {
+INLINE __m512i keys_of(__m512 score, int with_nan) {
     __m512 positive_zero = _mm512_add_ps(score, _mm512_setzero_ps());
     __m512i bits = _mm512_castps_si512(positive_zero);
     __m512i flip = _mm512_or_si512(_mm512_srai_epi32(bits, 31), _mm512_set1_epi32(INT32_MIN));
+    if (!with_nan)
+        return _mm512_xor_si512(bits, flip);
     __mmask16 is_number = _mm512_cmp_ps_mask(score, score, _CMP_ORD_Q);
     return _mm512_mask_xor_epi32(_mm512_set1_epi32(TOPK_NAN), is_number, bits, flip);
 }
 
-/* Appends those of 8 candidates that are live and beat the threshold. */
-TARGET static inline int append(uint64_t *entry, __m256i keys, __m512i low, __mmask8 live,
-                                __m512i threshold) {
-    __m512i candidate = _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(keys), 31), low);
-    __mmask8 beats = _mm512_mask_cmpgt_epu64_mask(live, candidate, threshold);
-    _mm512_storeu_si512(entry, _mm512_maskz_compress_epi64(beats, candidate));
-    return __builtin_popcount(beats);
+/* Appends those of 16 candidates that the mask names. Of an entry the lower word is the last bit of
+ * the key and the complement of the position, the upper one the rest of the key. Words are
+ * compressed each for itself, 16 at once, which takes half as long as entries do. */
+INLINE int append(uint64_t *entry, __m512i keys, __m512i low, __mmask16 named) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    low = _mm512_or_si512(low, _mm512_slli_epi32(keys, 31));
+    low = _mm512_maskz_compress_epi32(named, low);
+    __m512i high = _mm512_maskz_compress_epi32(named, _mm512_srli_epi32(keys, 1));
+    _mm512_storeu_si512(entry, _mm512_permutex2var_epi32(low, first, high));
+    _mm512_storeu_si512(entry + 8, _mm512_permutex2var_epi32(low, second, high));
+    return __builtin_popcount(named);
 }
 
-TARGET static int filter(uint64_t *entry, const float *score, int n, uint32_t position,
-                         uint64_t threshold) {
-    const __m512i bound = _mm512_set1_epi64((long long)threshold);
-    const __m512i least_key = _mm512_set1_epi32((int)(threshold >> 31));
-    const __m512i eight = _mm512_set1_epi64(8);
-    /* The low half of a candidate is the complement of its position: it falls by one a lane. */
-    __m512i low = _mm512_sub_epi64(_mm512_set1_epi64(~position & INT32_MAX),
-                                   _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+/* filter() of scores whose key is `least` or more. Where no NaN can be among them, scores tell as
+ * well as their keys. */
+INLINE int filter_from(uint64_t *entry, const float *score, int n, uint32_t position,
+                       uint32_t least, int with_nan) {
+    const __m512 bound = _mm512_set1_ps(lidx_topk_score((uint64_t)least << 31));
+    const __m512i sixteen = _mm512_set1_epi32(16);
+    /* The complement of a position falls by one a lane. */
+    __m512i low =
+        _mm512_sub_epi32(_mm512_set1_epi32((int)(~position & INT32_MAX)),
+                         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
     int kept = 0;
     for (int i = 0; i < n; i += 16) {
-        __mmask16 live = n - i >= 16 ? 0xFFFF : (__mmask16)((1u << (n - i)) - 1);
-        __m512i keys = keys_of(_mm512_maskz_loadu_ps(live, score + i));
-        __m512i low8 = _mm512_sub_epi64(low, eight);
-        live = _mm512_mask_cmpge_epu32_mask(live, keys, least_key);
-        if (live) {
-            kept += append(entry + kept, _mm512_castsi512_si256(keys), low, (__mmask8)live, bound);
-            kept += append(entry + kept, _mm512_extracti64x4_epi64(keys, 1), low8,
-                           (__mmask8)(live >> 8), bound);
-        }
-        low = _mm512_sub_epi64(low8, eight);
+        __mmask16 named = n - i >= 16 ? 0xFFFF : (__mmask16)((1u << (n - i)) - 1);
+        __m512 x = _mm512_maskz_loadu_ps(named, score + i);
+        if (!with_nan)
+            named = _mm512_mask_cmp_ps_mask(named, x, bound, _CMP_GE_OQ);
+        if (named)
+            kept += append(entry + kept, keys_of(x, with_nan), low, named);
+        low = _mm512_sub_epi32(low, sixteen);
     }
     return kept;
+}
+
+/* Keys below that of -inf are those of NaN. */
+INLINE int filter_by_key(uint64_t *entry, const float *score, int n, uint32_t position,
+                         uint32_t least) {
+    const uint32_t least_number = lidx_topk_key(-__builtin_inff());
+    if (least <= TOPK_NAN)
+        return filter_from(entry, score, n, position, least_number, 1);
+    least = least > least_number ? least : least_number;
+    return filter_from(entry, score, n, position, least, 0);
+}
+
+/* Of equal scores a candidate that stands before the threshold's beats it. */
+TARGET static int filter(uint64_t *entry, const float *score, int n, uint32_t position,
+                         uint64_t threshold) {
+    const uint32_t key = (uint32_t)(threshold >> 31);
+    int64_t before = (int64_t)lidx_topk_position(threshold) - position;
+    int first = before < 0 ? 0 : before < n ? (int)before : n;
+    int kept = filter_by_key(entry, score, first, position, key);
+    return kept + filter_by_key(entry + kept, score + first, n - first, position + (uint32_t)first,
+                                key + 1);
 }
 
 TARGET static struct topk_range range(const uint64_t *entry, int n) {

@@ -97,18 +97,26 @@ static int keys_seen(const struct row *row, int64_t begin, int64_t end) {
     return n > 0 ? (int)n : 0;
 }
 
-/* Scores the n keys of a run for one or two rows that see them all, and pushes the scores. */
+/* Scores the keys of a run for one or two rows that see them all. Where scores can wait, no other
+ * work comes between tiles. */
 static void score_rows(struct worker *w, int r, int n_rows, const struct key_run *keys,
                        int64_t begin) {
     const struct problem *p = w->run->p;
+    const int n = keys->n_keys;
+    float *score[2] = {NULL, NULL};
+    for (int i = 0; i < n_rows; i++) {
+        score[i] = lidx_topk_reserve(&w->row[r + i].topk, n, begin);
+        score[i] = score[i] ? score[i] : w->score[i];
+    }
     if (n_rows == 2) {
         const void *const packed[2] = {w->row[r].packed, w->row[r + 1].packed};
-        w->run->kernel->score_two[p->dtype](w->score, packed, p->n_heads, p->head_dim, keys);
+        w->run->kernel->score_two[p->dtype](score, packed, p->n_heads, p->head_dim, keys);
     } else {
-        w->run->path->score(w->score[0], w->row[r].packed, p->n_heads, p->head_dim, keys);
+        w->run->path->score(score[0], w->row[r].packed, p->n_heads, p->head_dim, keys);
     }
     for (int i = 0; i < n_rows; i++)
-        lidx_topk_push(&w->row[r + i].topk, w->score[i], keys->n_keys, begin);
+        if (score[i] == w->score[i])
+            lidx_topk_push(&w->row[r + i].topk, score[i], n, begin);
 }
 
 /* A tile of keys for each row of the block. */
