@@ -17,11 +17,33 @@ static void *values_at(const struct problem *p, int64_t batch, int64_t row, int 
            (row * p->top_k + first) * lidx_dtype_bytes(p->values_dtype);
 }
 
+/* Loops of a known length become vector instructions wherever they may be used. */
+enum { AT_ONCE = 16 };
+
+static inline void positions_of(int32_t *to, const uint64_t *entry, int n) {
+    for (int i = 0; i < n; i++)
+        to[i] = lidx_topk_position(entry[i]);
+}
+
+static inline void scores_of(float *to, const uint64_t *entry, int n) {
+    for (int i = 0; i < n; i++)
+        to[i] = lidx_topk_score(entry[i]);
+}
+
+static void write_indices(int32_t *indices, const uint64_t *entry, int n) {
+    int i = 0;
+    for (; i + AT_ONCE <= n; i += AT_ONCE)
+        positions_of(indices + i, entry + i, AT_ONCE);
+    positions_of(indices + i, entry + i, n - i);
+}
+
 static void write_values(void *values, int dtype, const uint64_t *entry, int n) {
-    if (dtype == DTYPE_F32) { /* without a branch an element */
+    if (dtype == DTYPE_F32) {
         float *to = values;
-        for (int i = 0; i < n; i++)
-            to[i] = lidx_topk_score(entry[i]);
+        int i = 0;
+        for (; i + AT_ONCE <= n; i += AT_ONCE)
+            scores_of(to + i, entry + i, AT_ONCE);
+        scores_of(to + i, entry + i, n - i);
     } else {
         for (int i = 0; i < n; i++)
             lidx_store(values, i, dtype, lidx_topk_score(entry[i]));
@@ -30,9 +52,7 @@ static void write_values(void *values, int dtype, const uint64_t *entry, int n) 
 
 void lidx_write_entries(const struct problem *p, int64_t batch, int64_t row, int first,
                         const uint64_t *entry, int n) {
-    int32_t *indices = indices_at(p, batch, row) + first;
-    for (int i = 0; i < n; i++)
-        indices[i] = lidx_topk_position(entry[i]);
+    write_indices(indices_at(p, batch, row) + first, entry, n);
     if (p->values)
         write_values(values_at(p, batch, row, first), p->values_dtype, entry, n);
 }
