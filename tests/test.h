@@ -134,11 +134,6 @@ static inline int64_t rng_between(struct rng *rng, int64_t low, int64_t high) {
     return low + (int64_t)rng_below(rng, (uint64_t)(high - low) + 1);
 }
 
-/* [0, 1) */
-static inline float rng_uniform(struct rng *rng) {
-    return (float)(rng_next(rng) >> 40) * 0x1p-24f;
-}
-
 /* Nearly normal: mean 0, variance 1, from four 16-bit uniforms; never beyond 3.5. */
 static inline float rng_normal(struct rng *rng) {
     uint64_t x = rng_next(rng);

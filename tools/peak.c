@@ -11,7 +11,6 @@
 #include "peak.h"
 
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "lightning_indexer.h"
@@ -224,16 +223,9 @@ static double loop_bfmmla(int64_t rounds) {
     return flop;
 }
 
-static double loop_bfdot(int64_t rounds) {
-    double flop = (double)rounds * 24 * 8 * 2;
-    RUN_24_CHAINS(".inst 0x6e40fc00 + (29 << 16) + (28 << 5) + \\i", rounds);
-    return flop;
-}
-
 static const struct instruction instructions[] = {
     {"FMLA", has_fmla, loop_fmla},
     {"BFMMLA", has_bf16, loop_bfmmla},
-    {"BFDOT", has_bf16, loop_bfdot},
 };
 
 #else
@@ -254,13 +246,6 @@ static const struct instruction *find(const char *name) {
             return instructions[i].available() ? &instructions[i] : NULL;
     }
     return NULL;
-}
-
-const char *const *peak_list(void) {
-    static const char *names[N_INSTRUCTIONS + 1];
-    for (int i = 0; i < N_INSTRUCTIONS; i++)
-        names[i] = instructions[i].name;
-    return names;
 }
 
 const char *peak_instruction(const char *kernel, int type_code) {
@@ -321,89 +306,4 @@ double peak_flops_threads(const char *kernel, int type_code, double seconds, int
 
 double peak_flops(const char *kernel, int type_code, double seconds) {
     return peak_flops_threads(kernel, type_code, seconds, 1);
-}
-
-/* ---- reading --------------------------------------------------------------------------------- */
-
-enum { READ_STEP = 256, READ_AHEAD = 2048 };
-
-/* Loads `bytes`, a multiple of READ_STEP, from a 64-byte aligned address. With `prefetch` it also
- * names the lines READ_AHEAD further on, which some memory systems reward and some punish. */
-static void read_all(const unsigned char *p, size_t bytes, int prefetch) {
-    const unsigned char *end = p + bytes;
-    for (; p < end; p += READ_STEP) {
-        if (prefetch) {
-            for (int line = 0; line < READ_STEP; line += 64)
-                __builtin_prefetch(p + READ_AHEAD + line);
-        }
-#if defined(__x86_64__)
-        __asm__ volatile(".irp at,0,32,64,96,128,160,192,224\n"
-                         "vmovups \\at(%0), %%ymm0\n"
-                         ".endr\n"
-                         :
-                         : "r"(p)
-                         : "memory", "xmm0");
-#elif defined(__aarch64__)
-        __asm__ volatile(".irp at,0,32,64,96,128,160,192,224\n"
-                         "ldp q0, q1, [%0, #\\at]\n"
-                         ".endr\n"
-                         :
-                         : "r"(p)
-                         : "memory", "v0", "v1");
-#else
-        for (int at = 0; at < READ_STEP; at += 8)
-            (void)*(const volatile uint64_t *)(p + at);
-#endif
-    }
-#if defined(__x86_64__)
-    __asm__ volatile("vzeroupper");
-#endif
-}
-
-static int can_read(void) {
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("avx");
-#else
-    return 1;
-#endif
-}
-
-/* A slice is at least 1 ms and at least one whole pass; passes with and without prefetch
- * alternate by slice. */
-static double best_read(const unsigned char *p, size_t bytes, double seconds) {
-    double end = now() + seconds, best = 0;
-    for (int slice = 0; slice < 4 || now() < end; slice++) {
-        double begin = now(), took, done = 0;
-        do {
-            read_all(p, bytes, slice & 1);
-            done += (double)bytes;
-            took = now() - begin;
-        } while (took < 1e-3);
-        if (done / took > best)
-            best = done / took;
-    }
-    return best;
-}
-
-double peak_read(size_t bytes, double seconds, int n_threads) {
-    double sum = 0;
-    int failed = 0;
-    bytes = (bytes + READ_STEP - 1) / READ_STEP * READ_STEP;
-    if (!can_read())
-        return 0;
-#ifdef _OPENMP
-#pragma omp parallel num_threads(n_threads) reduction(+ : sum) reduction(| : failed)
-#endif
-    {
-        unsigned char *p = aligned_alloc(READ_STEP, bytes);
-        if (p) {
-            memset(p, 1, bytes); /* this thread's first touch places the pages */
-            sum += best_read(p, bytes, seconds);
-        } else {
-            failed = 1;
-        }
-        free(p);
-    }
-    (void)n_threads;
-    return failed ? 0 : sum;
 }

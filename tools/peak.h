@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What this machine can do at most: loops that keep everything in registers, and one that only
- * reads. A speed is worth little without the peak measured beside it on the same cores.
+ * What this machine can do at most: loops that keep everything in registers. A speed is worth
+ * little without the peak measured beside it on the same cores.
  *
  * A path of a kernel is measured by the instruction that does its multiplications:
  *
@@ -25,8 +25,6 @@
 #ifndef LIDX_PEAK_H
 #define LIDX_PEAK_H
 
-#include <stddef.h>
-
 /* The instruction that a kernel's path is measured by, or NULL where there is none on this
  * machine. `type_code` is LIDX_BFLOAT or LIDX_FLOAT. */
 const char *peak_instruction(const char *kernel, int type_code);
@@ -40,12 +38,7 @@ double peak_flops(const char *kernel, int type_code, double seconds);
 double peak_flops_threads(const char *kernel, int type_code, double seconds, int n_threads);
 
 /* The same by instruction: 0 when this CPU or its operating system does not offer it, or no such
- * name. peak_list() gives the names, ended by NULL, of all that this build knows. */
+ * name. */
 double peak_flops_of(const char *instruction, double seconds, int n_threads);
-const char *const *peak_list(void);
-
-/* Bytes/s that n_threads OpenMP threads read together, each over its own `bytes` again and again:
- * within 16 KiB from L1, some 100 MiB from memory. 0 if memory for it cannot be had. */
-double peak_read(size_t bytes, double seconds, int n_threads);
 
 #endif
