@@ -1,15 +1,17 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * fp32 FMA on widened keys in 16 registers of 8 lanes. Lanes are heads. The keys of a tile are
- * widened once into a scratch and from there broadcast one element at a time.
+ * fp32 FMA on widened keys in 16 registers of 8 lanes. Lanes are heads. The keys of a block are
+ * widened into a scratch while those of the block before are scored, and from there broadcast one
+ * element at a time.
  *
  * Packed query: weights[8 * groups] and lane masks[8 * groups], both zero beyond n_heads, then
- * panels of 2 groups of 8 heads (1 in the last, when odd). A panel is [head_dim][groups of the
- * panel][8] floats: 8 KiB for 16 heads of 128.
+ * panels of 3 groups of 8 heads, or fewer at the end. A panel is [head_dim][groups of the panel][8]
+ * floats: 12 KiB for 24 heads of 128.
  *
- * Registers of a panel of P groups against K = 12 / P keys: 12 sums, P query vectors, a broadcast.
- * Twelve chains cover the latency of FMA (4 cycles, two started in each); a step of 2 x 6 loads 8
- * vectors for its 12 products, which two load ports deliver in less time than two FMA ports take.
+ * Registers of a panel of 3 groups against 4 keys: 12 sums, 3 query vectors, a broadcast. Twelve
+ * chains cover the latency of FMA (4 cycles, two started in each). A step loads 7 vectors for its
+ * 12 products, one fewer than 2 groups against 6 keys would: where the other thread of a core is
+ * busy, instructions are what counts.
  */
 #if defined(__x86_64__)
 
@@ -31,19 +33,26 @@
 
 enum {
     LANES = 8,
-    CHAINS = 12,
-    STEPS = 8,            /* elements in one round of the dot loop */
-    TILE = 24,            /* keys: a multiple of 6 and 12 */
+    PANEL_GROUPS = 3,     /* most groups of a panel */
+    PANEL_SUMS = 12,      /* most sums of a panel */
     PITCH = MAX_HEAD_DIM, /* floats from key to key in the scratch */
-    FETCH_AHEAD = 48,     /* keys from the tile in work to the one fetched into L1 */
+    FETCH_AHEAD = 3,      /* blocks from the one in work to the one fetched into L1 */
 };
 
 static int group_count(int n_heads) {
     return (n_heads + LANES - 1) / LANES;
 }
 
+/* Of 4, 2 and 2: a panel of one group loads more than it multiplies. */
 static int panel_groups(int left) {
-    return left >= 2 ? 2 : 1;
+    return left == 4 ? 2 : left < PANEL_GROUPS ? left : PANEL_GROUPS;
+}
+
+static int panel_count(int groups) {
+    int n = 0;
+    for (; groups > 0; groups -= panel_groups(groups))
+        n++;
+    return n;
 }
 
 static size_t packed_size(int n_heads, int head_dim) {
@@ -101,145 +110,210 @@ INLINE void pack(void *packed, const struct query_row *row, int dtype) {
     }
 }
 
-static const unsigned char *row_at(const struct key_run *run, int key) {
-    return (const unsigned char *)run->block[key / KEY_BLOCK] + key % KEY_BLOCK * run->row_stride;
-}
+/* ---- the loop of products ---------------------------------------------------------------------
+ *
+ * In assembly: all 16 registers are in use, and gcc 12 spills sums in every round where it can.
+ * Between its steps a round also widens 8 elements of as many keys as it multiplies, which is next
+ * to free there: nothing else wants the ports that shift and store.
+ */
 
-/* n keys of a run as fp32. */
-INLINE void widen_rows(float *wide, const struct key_run *run, int key, int n, int head_dim,
-                       int dtype) {
-    for (int end = key + n; key < end; key++, wide += PITCH) {
-        const unsigned char *row = row_at(run, key);
-        for (int d = 0; d < head_dim; d += 4 * LANES) {
-            UNROLL
-            for (int i = 0; i < 4 * LANES; i += LANES)
-                _mm256_store_ps(wide + d + i, widen(row + 2 * (d + i), dtype));
-        }
-    }
-}
+_Static_assert(PITCH * sizeof(float) == 512, "the distance from key to key below");
 
-/* The keys to fetch while a tile is scored: a walk over the blocks that hold them. */
-struct ahead {
-    const void *const *block;
-    int left;       /* blocks behind it */
-    int step;       /* bytes from one fetch to the next; 0 where there is nothing to fetch */
-    int64_t offset; /* in the block */
-    int64_t block_bytes;
+/* clang-format off */
+
+#define LOAD(at, q) "vmovaps " at "(%[query]), %%ymm" q "\n"
+
+/* Element s of the key at `at`, times the query vector of each sum. */
+#define KEY_1(s, at, a)                                                                            \
+    "vbroadcastss " at "+4*" #s "(%[keys]), %%ymm15\n"                                             \
+    "vfmadd231ps %%ymm15, %%ymm12, " a "\n"
+#define KEY_2(s, at, a, b)                                                                         \
+    KEY_1(s, at, a)                                                                                \
+    "vfmadd231ps %%ymm15, %%ymm13, " b "\n"
+#define KEY_3(s, at, a, b, c)                                                                      \
+    KEY_2(s, at, a, b)                                                                             \
+    "vfmadd231ps %%ymm15, %%ymm14, " c "\n"
+
+/* Element s of 8 keys times 1 query vector, of 4 keys times 2 or 3. */
+#define STEP_1(s)                                                                                  \
+    LOAD("32*" #s, "12")                                                                           \
+    KEY_1(s, "0", "%0") KEY_1(s, "512", "%1") KEY_1(s, "1024", "%2") KEY_1(s, "1536", "%3")        \
+    KEY_1(s, "2048", "%4") KEY_1(s, "2560", "%5") KEY_1(s, "3072", "%6") KEY_1(s, "3584", "%7")
+#define STEP_2(s)                                                                                  \
+    LOAD("64*" #s, "12") LOAD("64*" #s "+32", "13")                                                \
+    KEY_2(s, "0", "%0", "%1") KEY_2(s, "512", "%2", "%3")                                          \
+    KEY_2(s, "1024", "%4", "%5") KEY_2(s, "1536", "%6", "%7")
+#define STEP_3(s)                                                                                  \
+    LOAD("96*" #s, "12") LOAD("96*" #s "+32", "13") LOAD("96*" #s "+64", "14")                     \
+    KEY_3(s, "0", "%0", "%1", "%2") KEY_3(s, "512", "%3", "%4", "%5")                              \
+    KEY_3(s, "1024", "%6", "%7", "%8") KEY_3(s, "1536", "%9", "%10", "%11")
+
+#define WIDEN_BF16(from, to)                                                                       \
+    "vpmovzxwd (" from "), %%ymm15\n"                                                              \
+    "vpslld $16, %%ymm15, %%ymm15\n"                                                               \
+    "vmovaps %%ymm15, " to "(%[wide])\n"
+#define WIDEN_FP16(from, to)                                                                       \
+    "vcvtph2ps (" from "), %%ymm15\n"                                                              \
+    "vmovaps %%ymm15, " to "(%[wide])\n"
+#define WIDEN_NONE(from, to) ""
+
+#define ADVANCE_BF16                                                                               \
+    "addq $16, %[row]\n"                                                                           \
+    "addq $16, %[row4]\n"                                                                          \
+    "addq $32, %[wide]\n"
+#define ADVANCE_FP16 ADVANCE_BF16
+#define ADVANCE_NONE ""
+
+#define FETCH                                                                                      \
+    "prefetcht0 (%[line])\n"                                                                       \
+    "addq %[step], %[line]\n"
+
+#define ROUND_1(type)                                                                              \
+    STEP_1(0) WIDEN_##type("%[row]", "0")                                                          \
+    STEP_1(1) WIDEN_##type("%[row],%[stride]", "512") FETCH                                        \
+    STEP_1(2) WIDEN_##type("%[row],%[stride],2", "1024")                                           \
+    STEP_1(3) WIDEN_##type("%[row],%[stride3]", "1536")                                            \
+    STEP_1(4) WIDEN_##type("%[row4]", "2048")                                                      \
+    STEP_1(5) WIDEN_##type("%[row4],%[stride]", "2560") FETCH                                      \
+    STEP_1(6) WIDEN_##type("%[row4],%[stride],2", "3072")                                          \
+    STEP_1(7) WIDEN_##type("%[row4],%[stride3]", "3584")
+#define ROUND_OF_4_KEYS(STEP, type)                                                                \
+    STEP(0) STEP(1) WIDEN_##type("%[row]", "0")                                                    \
+    STEP(2) STEP(3) WIDEN_##type("%[row],%[stride]", "512") FETCH                                  \
+    STEP(4) STEP(5) WIDEN_##type("%[row],%[stride],2", "1024")                                     \
+    STEP(6) STEP(7) WIDEN_##type("%[row],%[stride3]", "1536")
+#define ROUND_2(type) ROUND_OF_4_KEYS(STEP_2, type)
+#define ROUND_3(type) ROUND_OF_4_KEYS(STEP_3, type)
+
+#define ZERO(a) "vxorps " a ", " a ", " a "\n"
+#define ZERO_4(a, b, c, d) ZERO(a) ZERO(b) ZERO(c) ZERO(d)
+#define ZERO_1 ZERO_4("%0", "%1", "%2", "%3") ZERO_4("%4", "%5", "%6", "%7")
+#define ZERO_2 ZERO_1
+#define ZERO_3 ZERO_2 ZERO_4("%8", "%9", "%10", "%11")
+
+#define MULTIPLY(P, type)                                                                          \
+    __asm__ volatile(                                                                              \
+        ZERO_##P                                                                                   \
+        "1:\n"                                                                                     \
+        ROUND_##P(type)                                                                            \
+        ADVANCE_##type                                                                             \
+        "addq $256*" #P ", %[query]\n"                                                             \
+        "addq $32, %[keys]\n"                                                                      \
+        "cmpq %[end], %[keys]\n"                                                                   \
+        "jb 1b\n"                                                                                  \
+        : "=&x"(sum[0]), "=&x"(sum[1]), "=&x"(sum[2]), "=&x"(sum[3]), "=&x"(sum[4]),               \
+          "=&x"(sum[5]), "=&x"(sum[6]), "=&x"(sum[7]), "=&x"(sum[8]), "=&x"(sum[9]),               \
+          "=&x"(sum[10]), "=&x"(sum[11]), [query] "+r"(query), [keys] "+r"(at->keys),              \
+          [line] "+r"(at->line), [row] "+r"(at->row), [row4] "+r"(row4), [wide] "+r"(at->wide)     \
+        : [end] "r"(end), [step] "r"(p->step), [stride] "r"(stride), [stride3] "r"(3 * stride)     \
+        : "xmm12", "xmm13", "xmm14", "xmm15", "cc", "memory")
+
+/* clang-format on */
+
+/* ---- panels ---------------------------------------------------------------------------------- */
+
+enum { NOTHING = -1 }; /* to widen, instead of a dtype */
+
+/* Where a panel is on its way over a block of keys. */
+struct place {
+    const float *keys;
+    const unsigned char *line; /* to fetch */
+    const unsigned char *row;  /* to widen */
+    float *wide;
 };
 
-/* The line to begin with when fetches for `bytes` are next, which this counts. */
-static const unsigned char *take_ahead(struct ahead *a, int bytes) {
-    const unsigned char *line = (const unsigned char *)*a->block + a->offset;
-    a->offset += bytes;
-    if (a->offset >= a->block_bytes) {
-        a->offset -= a->block_bytes;
-        a->step = a->left > 0 ? a->step : 0;
-        a->block += a->left > 0;
-        a->left--;
-    }
-    return line;
+struct panel {
+    const float *query, *weights, *masks;
+    int head_dim;
+    int is_first;  /* of the panels: it begins the sums */
+    int is_padded; /* some lanes are no heads */
+    int64_t step;  /* bytes from one fetch to the next */
+    int64_t row_stride;
+    struct place begin;
+};
+
+#define MULTIPLY_AND_WIDEN(P)                                                                      \
+    do {                                                                                           \
+        if (widened == DTYPE_BF16)                                                                 \
+            MULTIPLY(P, BF16);                                                                     \
+        else if (widened == DTYPE_FP16)                                                            \
+            MULTIPLY(P, FP16);                                                                     \
+        else                                                                                       \
+            MULTIPLY(P, NONE);                                                                     \
+    } while (0)
+
+/* sum[i * P + g] of the next keys i and the panel's groups g; those beyond are not set. */
+INLINE void multiply(__m256 sum[PANEL_SUMS], struct place *at, const struct panel *p, int P,
+                     int widened) {
+    const int64_t stride = p->row_stride;
+    const float *query = p->query, *end = at->keys + p->head_dim;
+    const unsigned char *row4 = at->row + 4 * stride;
+    if (P == 1)
+        MULTIPLY_AND_WIDEN(1);
+    else if (P == 2)
+        MULTIPLY_AND_WIDEN(2);
+    else
+        MULTIPLY_AND_WIDEN(3);
 }
 
-/* The intrinsic leaves gcc free to let sums wander between registers; with 15 of 16 in use it then
- * spills some in every round. This form adds in place. */
-INLINE void multiply_add(__m256 *sum, __m256 a, __m256 b) {
-    __asm__("vfmadd231ps %2, %1, %0" : "+x"(*sum) : "x"(a), "x"(b));
-}
-
-/* The dot products of P groups with K keys, dot[i * P + g] for key i. Meanwhile what lies at `line`
- * and behind it is fetched. */
-INLINE void dots(float dot[CHAINS][LANES], const float *query, const float *keys, int head_dim,
-                 const unsigned char *line, int64_t step, int P) {
-    const int K = CHAINS / P;
-    const float *end = keys + head_dim;
-    __m256 sum[CHAINS];
-    UNROLL
-    for (int i = 0; i < CHAINS; i++)
-        sum[i] = _mm256_setzero_ps();
-    for (; keys < end; keys += STEPS, query += STEPS * P * LANES) {
-        UNROLL
-        for (int s = 0; s < STEPS; s++) {
-            __m256 q[2];
-            UNROLL
-            for (int g = 0; g < P; g++)
-                q[g] = _mm256_load_ps(query + (s * P + g) * LANES);
-            UNROLL
-            for (int i = 0; i < K; i++) {
-                __m256 k = _mm256_broadcast_ss(keys + i * PITCH + s);
-                UNROLL
-                for (int g = 0; g < P; g++)
-                    multiply_add(&sum[i * P + g], q[g], k);
-            }
-            if (s % (2 * P) == 0) {
-                _mm_prefetch((const char *)line, _MM_HINT_T0);
-                line += step;
-            }
-        }
-    }
-    UNROLL
-    for (int i = 0; i < CHAINS; i++)
-        _mm256_store_ps(dot[i], sum[i]);
-}
-
-/* Functions of their own, so that nothing around them competes for registers. */
-TARGET __attribute__((noinline)) static void dots_1(float dot[CHAINS][LANES], const float *query,
-                                                    const float *keys, int head_dim,
-                                                    const unsigned char *line, int64_t step) {
-    dots(dot, query, keys, head_dim, line, step, 1);
-}
-
-TARGET __attribute__((noinline)) static void dots_2(float dot[CHAINS][LANES], const float *query,
-                                                    const float *keys, int head_dim,
-                                                    const unsigned char *line, int64_t step) {
-    dots(dot, query, keys, head_dim, line, step, 2);
-}
-
-/* The same of one key alone, for which a whole group would take half as long again. */
-INLINE void dots_of_one(float dot[CHAINS][LANES], const float *query, const float *key,
-                        int head_dim, int P) {
-    __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-    for (int d = 0; d < head_dim; d++, query += P * LANES) {
-        __m256 k = _mm256_broadcast_ss(key + d);
-        UNROLL
-        for (int g = 0; g < P; g++)
-            multiply_add(&sum[g], _mm256_load_ps(query + g * LANES), k);
-    }
-    UNROLL
-    for (int g = 0; g < P; g++)
-        _mm256_store_ps(dot[g], sum[g]);
-}
-
-/* A panel of P groups against the first n keys of a tile, rounded up to whole groups of K: sums[j]
- * is raised by key j's weighted ReLUs, a lane for each 8th head; the first panel begins it. */
-INLINE void panel(float sums[TILE][LANES], const float *query, const float *weights,
-                  const float *masks, const float *keys, struct ahead *ahead, int n, int head_dim,
-                  int is_first, int P) {
-    const int K = CHAINS / P;
-    const int fetches = head_dim / (2 * P);
-    float dot[CHAINS][LANES] __attribute__((aligned(64)));
+/* P groups against the first n keys of a block, rounded up to as many as are taken at once: sums[j]
+ * is raised by key j's weighted ReLUs, a lane for each 8th head. As many keys of another block are
+ * widened meanwhile, unless `widened` is NOTHING. */
+INLINE void pass(float sums[KEY_BLOCK][LANES], const struct panel *p, int n, int P, int widened) {
+    static const float zeros[KEY_BLOCK][LANES] __attribute__((aligned(64)));
+    struct place at = p->begin;
+    const float(*before)[LANES] = p->is_first ? zeros : (const float(*)[LANES])sums;
+    const int K = P == 1 ? 8 : 4;
+    const float *weights = p->weights, *masks = p->masks;
     for (int j = 0; j < n; j += K) {
-        const int64_t step = ahead->step;
-        const unsigned char *line = take_ahead(ahead, fetches * ahead->step);
-        if (n - j == 1)
-            dots_of_one(dot, query, keys + j * PITCH, head_dim, P);
-        else if (P == 2)
-            dots_2(dot, query, keys + j * PITCH, head_dim, line, step);
-        else
-            dots_1(dot, query, keys + j * PITCH, head_dim, line, step);
+        __m256 sum[PANEL_SUMS];
+        multiply(sum, &at, p, P, widened);
+        at.keys += K * PITCH - p->head_dim;
+        at.wide += K * PITCH - p->head_dim;
+        at.row += K * p->row_stride - 2 * p->head_dim;
+        if (p->is_padded) {
+            UNROLL
+            for (int i = 0; i < K * P; i++)
+                sum[i] = _mm256_and_ps(sum[i], _mm256_load_ps(masks + i % P * LANES));
+        }
         UNROLL
         for (int i = 0; i < K; i++) {
-            __m256 sum = is_first ? _mm256_setzero_ps() : _mm256_load_ps(sums[j + i]);
+            __m256 total = _mm256_load_ps(before[j + i]);
             UNROLL
             for (int g = 0; g < P; g++) {
                 /* The second operand is what MAX returns beside a NaN. */
-                __m256 relu = _mm256_max_ps(_mm256_setzero_ps(), _mm256_load_ps(dot[i * P + g]));
-                relu = _mm256_and_ps(relu, _mm256_load_ps(masks + g * LANES));
-                sum = _mm256_fmadd_ps(relu, _mm256_load_ps(weights + g * LANES), sum);
+                __m256 relu = _mm256_max_ps(_mm256_setzero_ps(), sum[i * P + g]);
+                total = _mm256_fmadd_ps(relu, _mm256_load_ps(weights + g * LANES), total);
             }
-            _mm256_store_ps(sums[j + i], sum);
+            _mm256_store_ps(sums[j + i], total);
         }
     }
 }
+
+typedef void pass_fn(float sums[KEY_BLOCK][LANES], const struct panel *p, int n);
+
+/* Functions of their own, so that nothing around them competes for registers. */
+#define PASS(name, P, widened)                                                                     \
+    TARGET __attribute__((noinline)) static void name(float sums[KEY_BLOCK][LANES],                \
+                                                      const struct panel *p, int n) {              \
+        pass(sums, p, n, P, widened);                                                              \
+    }
+PASS(pass_1, 1, NOTHING)
+PASS(pass_2, 2, NOTHING)
+PASS(pass_3, 3, NOTHING)
+PASS(pass_1_bf16, 1, DTYPE_BF16)
+PASS(pass_2_bf16, 2, DTYPE_BF16)
+PASS(pass_3_bf16, 3, DTYPE_BF16)
+PASS(pass_1_fp16, 1, DTYPE_FP16)
+PASS(pass_2_fp16, 2, DTYPE_FP16)
+PASS(pass_3_fp16, 3, DTYPE_FP16)
+
+/* By P - 1. */
+static pass_fn *const passes[PANEL_GROUPS] = {pass_1, pass_2, pass_3};
+static pass_fn *const widening_passes[KEY_DTYPES][PANEL_GROUPS] = {
+    [DTYPE_BF16] = {pass_1_bf16, pass_2_bf16, pass_3_bf16},
+    [DTYPE_FP16] = {pass_1_fp16, pass_2_fp16, pass_3_fp16},
+};
 
 /* The 8 lanes of each of 8 keys, added in one order for all: a transposing tree. */
 INLINE __m256 add_lanes(float sums[][LANES]) {
@@ -261,86 +335,104 @@ INLINE __m256 add_lanes(float sums[][LANES]) {
                          _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
 }
 
-/* What to fetch while the tile at `key` is scored. A panel issues a fetch every 2 P elements of
- * every 12 / P keys: one for 48 bytes of the tile, so n panels advance by 48 / n each time. */
-static struct ahead ahead_of(const struct key_run *run, int key, int panels) {
-    int next = key + FETCH_AHEAD, block = next / KEY_BLOCK;
-    int last = (run->n_keys - 1) / KEY_BLOCK + run->n_ahead;
-    struct ahead ahead = {.block = run->block, .block_bytes = KEY_BLOCK * run->row_stride};
-    if (block <= last) {
-        ahead.block += block;
-        ahead.left = last - block;
-        ahead.step = (48 + panels - 1) / panels;
-        ahead.offset = next % KEY_BLOCK * run->row_stride;
-    }
-    return ahead;
-}
+/* ---- blocks ---------------------------------------------------------------------------------- */
 
-/* Keys of a run, widened. */
-struct tile {
-    float wide[TILE * PITCH] __attribute__((aligned(64)));
-    int key; /* the first */
-    int n;   /* up to TILE */
+/* A block of keys, widened, and what else is done while it is scored. */
+struct block {
+    const float *keys;
+    int n;                      /* up to KEY_BLOCK */
+    const unsigned char *fetch; /* keys to fetch */
+    int64_t fetch_bytes;        /* of them, for each panel */
+    const unsigned char *row;   /* a whole block of keys to widen */
+    int64_t row_stride;
+    float *wide; /* where to */
+    int widens;  /* 0: none, after all */
 };
 
-INLINE void widen_tile(struct tile *t, const struct key_run *run, int key, int head_dim,
-                       int dtype) {
-    const int left = run->n_keys - key, n = left < TILE ? left : TILE;
-    const int whole = n + CHAINS < TILE ? n + CHAINS : TILE; /* panels work on groups of keys */
-    t->key = key;
-    t->n = n;
-    widen_rows(t->wide, run, key, n, head_dim, dtype);
-    for (int j = n; j < whole && n % CHAINS != 1; j++) /* 1: then a key is left alone */
-        memset(t->wide + j * PITCH, 0, sizeof(float) * (size_t)head_dim);
-}
-
-/* The scores of a tile's keys, at their places in `score`; of the run `fetched` what follows them
- * is fetched meanwhile. */
-INLINE void score_tile(float *score, const void *packed, int n_heads, int head_dim,
-                       const struct tile *t, const struct key_run *fetched) {
-    const int groups = group_count(n_heads), n = t->n;
+/* The scores of a block's keys. The last panel widens: what it writes is then still in L1 when the
+ * first one comes to it. */
+INLINE void score_block(float *score, const void *packed, int n_heads, int head_dim,
+                        const struct block *b, int dtype) {
+    const int groups = group_count(n_heads);
     const float *weights = packed, *masks = weights + groups * LANES;
-    const float *query = masks + groups * LANES;
-    struct ahead ahead = ahead_of(fetched, t->key, (groups + 1) / 2);
-    float sums[TILE][LANES] __attribute__((aligned(64)));
+    struct panel p = {.query = masks + groups * LANES,
+                      .weights = weights,
+                      .masks = masks,
+                      .head_dim = head_dim,
+                      .is_first = 1,
+                      .step = b->fetch_bytes * 2 / head_dim,
+                      .row_stride = b->row_stride,
+                      .begin = {b->keys, b->fetch, b->row, b->wide}};
+    float sums[KEY_BLOCK][LANES] __attribute__((aligned(64)));
     float last[LANES] __attribute__((aligned(64)));
-    for (int g = 0; g < groups; g += 2) {
-        if (groups - g >= 2)
-            panel(sums, query, weights + g * LANES, masks + g * LANES, t->wide, &ahead, n, head_dim,
-                  g == 0, 2);
-        else
-            panel(sums, query, weights + g * LANES, masks + g * LANES, t->wide, &ahead, n, head_dim,
-                  g == 0, 1);
-        query += 2 * head_dim * LANES;
+    for (int left = groups, P; left > 0; left -= P) {
+        P = panel_groups(left);
+        p.is_padded = P == left && n_heads % LANES != 0;
+        (P == left && b->widens ? widening_passes[dtype] : passes)[P - 1](sums, &p, b->n);
+        p.query += P * head_dim * LANES;
+        p.weights += P * LANES;
+        p.masks += P * LANES;
+        p.is_first = 0;
+        p.begin.line += b->fetch_bytes;
     }
     int j = 0;
-    for (score += t->key; j + LANES <= n; j += LANES)
+    for (; j + LANES <= b->n; j += LANES)
         _mm256_store_ps(score + j, add_lanes(sums + j));
-    if (j < n) {
+    if (j < b->n) {
         _mm256_store_ps(last, add_lanes(sums + j));
-        memcpy(score + j, last, sizeof(float) * (size_t)(n - j));
+        memcpy(score + j, last, sizeof(float) * (size_t)(b->n - j));
+    }
+}
+
+/* The first n keys of a block as fp32, and zeros for those that are missing. */
+INLINE void widen_block(float *wide, const unsigned char *row, int64_t stride, int n, int head_dim,
+                        int dtype) {
+    for (int j = 0; j < KEY_BLOCK; j++, row += stride, wide += PITCH) {
+        if (j >= n)
+            memset(wide, 0, sizeof(float) * (size_t)head_dim);
+        for (int d = 0; d < head_dim && j < n; d += LANES)
+            _mm256_store_ps(wide + d, widen(row + 2 * d, dtype));
+    }
+}
+
+/* Scores of one or two tokens, for which keys are widened once. What comes next is fetched while
+ * the last token has the block. */
+INLINE void score_tokens(float *const *out, const void *const *packed, int tokens, int n_heads,
+                         int head_dim, const struct key_run *run, int dtype) {
+    float wide[2][KEY_BLOCK * PITCH] __attribute__((aligned(64)));
+    const int64_t stride = run->row_stride;
+    const int n_blocks = (run->n_keys + KEY_BLOCK - 1) / KEY_BLOCK;
+    const int last = n_blocks - 1 + run->n_ahead, panels = panel_count(group_count(n_heads));
+    const int64_t fetch_bytes = (KEY_BLOCK * stride / panels + 63) / 64 * 64;
+    struct block b = {.row_stride = stride};
+    widen_block(wide[0], run->block[0], stride, run->n_keys, head_dim, dtype);
+    for (int i = 0; i < n_blocks; i++) {
+        const int left = run->n_keys - i * KEY_BLOCK, after = left - KEY_BLOCK;
+        const int ahead = i + FETCH_AHEAD;
+        b.keys = wide[i % 2];
+        b.n = left < KEY_BLOCK ? left : KEY_BLOCK;
+        b.fetch = run->block[ahead < last ? ahead : last];
+        b.row = run->block[after > 0 ? i + 1 : i];
+        b.wide = wide[(i + 1) % 2];
+        for (int t = 0; t < tokens; t++) {
+            const int is_last = t + 1 == tokens;
+            b.fetch_bytes = is_last && ahead <= last ? fetch_bytes : 0;
+            b.widens = is_last && after >= KEY_BLOCK;
+            score_block(out[t] + i * KEY_BLOCK, packed[t], n_heads, head_dim, &b, dtype);
+        }
+        if (after > 0 && after < KEY_BLOCK)
+            widen_block(b.wide, b.row, stride, after, head_dim, dtype);
     }
 }
 
 INLINE void score(float *out, const void *packed, int n_heads, int head_dim,
                   const struct key_run *run, int dtype) {
-    struct tile tile;
-    for (int key = 0; key < run->n_keys; key += TILE) {
-        widen_tile(&tile, run, key, head_dim, dtype);
-        score_tile(out, packed, n_heads, head_dim, &tile, run);
-    }
+    score_tokens(&out, &packed, 1, n_heads, head_dim, run, dtype);
 }
 
-/* Keys are widened once for both tokens. */
 INLINE void score_two(float *const out[2], const void *const packed[2], int n_heads, int head_dim,
                       const struct key_run *run, int dtype) {
-    const struct key_run nothing = {run->block, run->row_stride, 1, 0};
-    struct tile tile;
-    for (int key = 0; key < run->n_keys; key += TILE) {
-        widen_tile(&tile, run, key, head_dim, dtype);
-        score_tile(out[0], packed[0], n_heads, head_dim, &tile, &nothing);
-        score_tile(out[1], packed[1], n_heads, head_dim, &tile, run);
-    }
+    score_tokens(out, packed, 2, n_heads, head_dim, run, dtype);
 }
 
 TARGET static void pack_bf16(void *packed, const struct query_row *row) {
