@@ -437,6 +437,7 @@ static void check(int32_t n_sm, int full) {
         if (!full && i % 3)
             continue;
         check_lengths({0, 1, k - 1, k, k + 1, 4096, 5003, 8192}, 8192, k, n_sm, 3);
+        check_lengths({0, 1, k - 1, k, k + 1, 4096, 5003, 8192}, 8192, k, many, 3);
         check_lengths({8191, 8193, 12345, 20000}, 20000, k, few, 3);
         check_few({8191, 8193, 12345, 20000}, 20000, k);
         if (full) {
@@ -462,6 +463,8 @@ static void check(int32_t n_sm, int full) {
 static void check_small(int32_t n_sm) {
     for (int kind : {0, 4, 10, 11, 13, 15}) {
         struct test_case c = {kind, {}, {}, 1, 3, 4200, 0, 3, 2048, DTYPE_F32, n_sm, 0, 0};
+        run_case(c, 1);
+        c.n_sm = 3;
         run_case(c, 1);
         c.n_key = 9000;
         c.n_sm = 1;

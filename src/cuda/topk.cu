@@ -7,7 +7,7 @@
  * a 64-bit number that no two keys of a row share. All that follows works on these numbers, so the
  * order in which threads arrive anywhere never shows in the result.
  *
- * Every path but one ends the same way: a list of at most LIST candidates in shared memory that
+ * Every path but two ends the same way: a list of at most LIST candidates in shared memory that
  * contains the winners (feed_*), ordered by expected rank (order), written (write_row). The paths
  * differ in how the list is found:
  *   feed_short   rows of up to SHORT keys: held in registers, read once, threshold by histogram
@@ -15,18 +15,20 @@
  *   feed_cluster few rows, SM90 to 110, of uneven data: as feed_short, with a cluster of blocks
  *   split_kernel few long rows: as feed_long, but several blocks per row; the last to arrive orders
  *   exact_select any row, any data: up to three histogram passes and one that collects
- * The last is where the others go when the data defeats them. The one is deal_row: few rows, SM90
- * to 110, even data; there a cluster's blocks order and write a part of the row each.
+ * The last is where the others go when the data defeats them. The two are for few rows of even
+ * data: several blocks order and write a part of the row each. In part_kernel, rows of up to SHORT
+ * keys, every block reads the whole row; in deal_row, SM90 to 110, a cluster's blocks deal it out.
  *
  * topk_block.cuh holds what a block works with, topk_order.cuh the ordering, topk_feed.cuh what
- * fills the list, topk_cluster.cuh all that a cluster does, topk_row.cuh how a row begins and ends;
- * the other kernels and what launches them are here.
+ * fills the list, topk_cluster.cuh all that a cluster does, topk_parts.cuh what the parts of short
+ * rows are, topk_row.cuh how a row begins and ends; the other kernels and what launches them are
+ * here.
  */
 #include <cuda_runtime.h>
 
 #include "allow_shared.cuh"
 #include "topk_cluster.cuh"
-#include "topk_row.cuh"
+#include "topk_parts.cuh"
 
 /* ---- kernels --------------------------------------------------------------------------------- */
 
@@ -273,6 +275,12 @@ static bool by_cluster(const struct slab *s) {
            s->p.top_k <= SMALL_K && rows * CLUSTER * 2 <= s->n_sm;
 }
 
+/* Whether several blocks order a part of each row: it must be short, and all must find room. */
+static bool by_parts(const struct slab *s) {
+    int64_t rows = s->row_end - s->row_begin;
+    return slab_keys(s) <= SHORT && s->p.top_k <= SMALL_K && rows * PARTS <= s->n_sm;
+}
+
 int lidx_prepare_topk(const struct slab *s, void *stream) {
     int only = s->row_end - s->row_begin >= lidx_rows(&s->p); /* the run's only slab */
     if (!s->scratch || (only && (slab_blocks(s) == 1 || by_cluster(s))))
@@ -307,6 +315,9 @@ int lidx_launch_topk(const struct slab *s, void *stream) {
         return cudaSuccess;
     if (s->p.top_k > SMALL_K)
         return start_blocks<large_sizes, row_kernel<large_sizes, 1>>(&l, rows, on);
+    if (by_parts(s))
+        return start<alone, part_kernel<alone>>(&l, rows * PARTS, sizeof(struct part_shared<alone>),
+                                                1, on);
     if (by_cluster(s))
         return slab_keys(s) * 2 <= CLUSTER_KEYS ? start_clusters<CLUSTER_GROUPS / 2>(&l, rows, on)
                                                 : start_clusters<CLUSTER_GROUPS>(&l, rows, on);

@@ -216,7 +216,7 @@ static __device__ __forceinline__ uint32_t reserve(struct shared<Z> *s, uint32_t
 /* Four scores from position i on; beyond the row's end they are masked, and not read. */
 static __device__ __forceinline__ float4 load4(const float *score, uint32_t i, uint32_t n) {
     if (i + 4 <= n)
-        return *(const float4 *)(score + i);
+        return __ldcg((const float4 *)(score + i));
     float masked = __uint_as_float(SCORE_MASKED);
     float4 x = make_float4(masked, masked, masked, masked);
     if (i < n)
@@ -241,6 +241,14 @@ static __device__ __forceinline__ void load16(float4 *x, const float *score, uin
         for (int g = 0; g < 4; g++)
             x[g] = load4(score, first + 128 * g, n);
     }
+}
+
+/* x, which the compiler then keeps in a register instead of making it again at every use. */
+static __device__ __forceinline__ uint32_t kept(uint32_t x) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
 }
 
 static __device__ __forceinline__ uint64_t pair(uint32_t key, uint32_t position) {

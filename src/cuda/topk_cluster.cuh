@@ -154,18 +154,6 @@ static __device__ __forceinline__ void deal_part(struct cluster_shared<Z> *c, co
     }
 }
 
-/* What an output slot without a key gets, as an item: index -1 and value -inf. */
-static const uint64_t NOTHING = 0xFF800000FFFFFFFFull;
-
-static __device__ __forceinline__ void write_slot(const struct row *r, int dtype, uint32_t j,
-                                                  uint64_t item) {
-    if (j >= r->top_k)
-        return;
-    r->indices[j] = (int32_t)item;
-    if (r->values)
-        store_value(r->values, j, dtype, score_of(item >> 32));
-}
-
 /* Counts in buckets what is in the inbox, of which this thread's sender has put in `count`. */
 template <class Z>
 static __device__ __forceinline__ void enter_inbox(struct cluster_shared<Z> *c, uint32_t count,

@@ -231,18 +231,17 @@ template <class Z> static __device__ __noinline__ void narrow_short(void) {
     __syncthreads();
 }
 
-/* The row in registers: histogram, threshold bin, and all candidates of it and the bins before. */
-template <class Z> static __device__ __noinline__ void feed_short(void) {
-    struct shared<Z> *s = shared_memory<Z>();
-    const float *score = s->row.score;
-    uint32_t n = s->row.n, top_k = s->row.top_k;
+/* The row into registers, and its histogram. */
+template <class Z>
+static __device__ __forceinline__ void load_short(struct shared<Z> *s, uint32_t *key) {
     const uint32_t GROUPS = SHORT / 4 / Z::THREADS;
+    const float *score = s->row.score;
+    uint32_t n = s->row.n;
     float4 x[GROUPS];
-    uint32_t key[GROUPS * 4];
 #pragma unroll
     for (uint32_t g = 0; g < GROUPS; g++) {
         uint32_t i = 4 * (g * Z::THREADS + threadIdx.x);
-        x[g] = 4 * (g + 1) * Z::THREADS <= n ? *(const float4 *)(score + i)
+        x[g] = 4 * (g + 1) * Z::THREADS <= n ? __ldcg((const float4 *)(score + i))
                                              : load4(score, i, n);
     }
 #pragma unroll
@@ -258,6 +257,14 @@ template <class Z> static __device__ __noinline__ void feed_short(void) {
         }
     }
     __syncthreads();
+}
+
+/* The row in registers: histogram, threshold bin, and all candidates of it and the bins before. */
+template <class Z> static __device__ __noinline__ void feed_short(void) {
+    struct shared<Z> *s = shared_memory<Z>();
+    const uint32_t top_k = s->row.top_k, GROUPS = SHORT / 4 / Z::THREADS;
+    uint32_t key[GROUPS * 4];
+    load_short(s, key);
     scan_hist(s, top_k, 1, 1);
     if (s->total == 0)
         return;

@@ -277,18 +277,32 @@ static __device__ __forceinline__ uint32_t place_of(uint32_t j, uint32_t n_list)
     return j < n_list ? j : Z::LIST - 1 - (j - n_list);
 }
 
+/* Writes the slots `begin` to `end` of the row, which is in the list. */
 template <class Z>
-static __device__ __forceinline__ void write_row(struct shared<Z> *s, const struct problem *p) {
+static __device__ __forceinline__ void write_row(struct shared<Z> *s, const struct problem *p,
+                                                 uint32_t begin, uint32_t end) {
     const struct row *r = &s->row;
     uint32_t n_list = s->n_list, n = n_list + s->n_tied;
-    for (uint32_t j = threadIdx.x; j < r->top_k; j += Z::THREADS)
+    for (uint32_t j = begin + threadIdx.x; j < end; j += Z::THREADS)
         r->indices[j] = j < n ? (int32_t)s->list[place_of<Z>(j, n_list)] : -1;
     if (!r->values)
         return;
-    for (uint32_t j = threadIdx.x; j < r->top_k; j += Z::THREADS)
+    for (uint32_t j = begin + threadIdx.x; j < end; j += Z::THREADS)
         store_value(r->values, j, p->values_dtype,
                     j < n ? score_of(s->list[place_of<Z>(j, n_list)] >> 32)
                           : __uint_as_float(0xFF800000u));
+}
+
+/* What an output slot without a key gets, as an item: index -1 and value -inf. */
+static const uint64_t NOTHING = 0xFF800000FFFFFFFFull;
+
+static __device__ __forceinline__ void write_slot(const struct row *r, int dtype, uint32_t j,
+                                                  uint64_t item) {
+    if (j >= r->top_k)
+        return;
+    r->indices[j] = (int32_t)item;
+    if (r->values)
+        store_value(r->values, j, dtype, score_of(item >> 32));
 }
 
 /* Builds the table of sums from the list itself, `raw` if it holds scores that are not keys yet.

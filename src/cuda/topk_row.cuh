@@ -102,7 +102,7 @@ template <class Z>
 static __device__ __forceinline__ void finish_row(struct shared<Z> *s, const struct problem *p) {
     if (s->n_list)
         order(s, s->n_list);
-    write_row(s, p);
+    write_row(s, p, 0, s->row.top_k);
 }
 
 #endif
