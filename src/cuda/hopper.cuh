@@ -54,6 +54,10 @@ static __device__ __forceinline__ void tma_prefetch_map(const CUtensorMap *map) 
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+static __device__ __forceinline__ void prefetch_l2(const void *address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 /* What L2 does with lines that a load brings: KEEP_SHORT gives them up before others. */
 enum keep { KEEP_NORMAL, KEEP_SHORT };
 

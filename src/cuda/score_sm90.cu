@@ -41,15 +41,17 @@ template <class S> __device__ __forceinline__ void init_barriers(struct shared_m
     __syncwarp();
 }
 
-/* The last warpgroup: two warps feed, a third makes the barriers while these find their run. Feeders
- * and consumers await it at a named barrier each, since all that wait at one should do so at the
- * same place of the code: synccheck takes anything else for an error. */
+/* The last warpgroup: two warps feed, a third makes the barriers while these find their run; in
+ * decode the fourth has the page table brought into L2 meanwhile. Feeders and consumers await the
+ * barriers at a named one each, since all that wait at one should do so at the same place of the
+ * code: synccheck takes anything else for an error. */
 template <class S>
 __device__ __forceinline__ void feed(const struct arguments &a, struct shared_memory<S> &s,
                                      const CUtensorMap *query_map, const CUtensorMap *key_map) {
     int warp = threadIdx.x / 32 % 4; /* by a shuffle it would cost prefill 4 percent */
     if (warp < 2) {
-        struct walk w = find_run<S>(a, s);
+        struct walk w =
+            S::DECODE && a.one_item ? find_run<S, S::DECODE>(a, s) : find_run<S, false>(a, s);
         named_barrier(BARRIER_FEED, 3 * 32);
         if (warp == 0)
             feed_tensors<S>(a, s, query_map, key_map, w);
@@ -64,6 +66,8 @@ __device__ __forceinline__ void feed(const struct arguments &a, struct shared_me
         init_barriers<S>(s);
         named_barrier_arrive(BARRIER_FEED, 3 * 32);
         named_barrier_arrive(BARRIER_CONSUME, CONSUMERS * WARPGROUP + 32);
+    } else if (S::DECODE && a.p.page_size) {
+        prefetch_table(a);
     }
 }
 
@@ -159,6 +163,19 @@ template <class S> int key_tensor_map(CUtensorMap *map, const struct problem *p)
     return encode_map(map, p, p->key, 4, sizes, strides, box);
 }
 
+/* Whether each batch is one item at most, whole in the slab, and a warp can look at all of them. */
+template <class S> bool one_item_each(const struct slab *slab, int32_t n_batch) {
+    const struct problem *p = &slab->p;
+    return S::DECODE && !p->query_packed && !p->key_packed && p->n_query <= S::BLOCK &&
+           slab->row_begin % p->n_query == 0 && slab->row_end % p->n_query == 0 &&
+           n_batch <= 32 * LANE_BATCHES;
+}
+
+int page_shift(const struct problem *p) {
+    int pieces = p->page_size >> key_piece_shift(p);
+    return pieces && !(pieces & (pieces - 1)) ? __builtin_ctz(pieces) : -1;
+}
+
 unsigned long long *cycle_counter;
 
 template <class T, class S> int launch(const struct slab *slab, cudaStream_t stream) {
@@ -171,7 +188,9 @@ template <class T, class S> int launch(const struct slab *slab, cudaStream_t str
     a.batch_begin = slab->p.query_packed ? 0 : (int32_t)(slab->row_begin / slab->p.n_query);
     a.batch_end = slab->p.query_packed ? (int32_t)slab->p.n_batch
                                        : (int32_t)((slab->row_end - 1) / slab->p.n_query + 1);
+    a.one_item = one_item_each<S>(slab, a.batch_end - a.batch_begin);
     a.piece_shift = key_piece_shift(&slab->p);
+    a.page_shift = page_shift(&slab->p);
     a.cycles = cycle_counter;
     int error = query_tensor_map<S>(&query_map, &slab->p);
     if (!error)

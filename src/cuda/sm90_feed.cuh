@@ -18,10 +18,23 @@ namespace {
 
 enum { LANE_BATCHES = 8 }; /* batches of a chunk that a lane may sum up by itself */
 
+/* part_of_batch where the batch is one item at most, and whole in the slab. */
+__device__ __forceinline__ struct batch_part whole_batch(const struct arguments &a, int32_t batch) {
+    int32_t begin, n_query, n_key;
+    segment32(a.p.query_lengths, 0, (int32_t)a.p.n_query, batch, &begin, &n_query);
+    segment32(a.p.key_lengths, 0, (int32_t)a.p.n_key, batch, &begin, &n_key);
+    return {0, 0, n_query, n_key, 0, n_query, n_query > 0 && n_key > 0};
+}
+
+template <bool ONE_ITEM>
 __device__ __forceinline__ uint32_t places_of_batch(const struct arguments &a, int32_t batch,
                                                     int32_t end) {
     if (batch >= end)
         return 0;
+    if (ONE_ITEM) {
+        struct batch_part whole = whole_batch(a, batch);
+        return whole.n_items ? (uint32_t)item_places(&a.p, &a.line, &whole, 0) : 0;
+    }
     struct batch_part part = part_of_batch(&a.p, &a.line, batch);
     return (uint32_t)places_before(&a.p, &a.line, &part, part.n_items);
 }
@@ -52,12 +65,13 @@ template <class S> __device__ __forceinline__ uint32_t most_places(const struct 
 }
 
 /* The places of each chunk, one to a lane. The lengths of a chunk share a sector or two. */
+template <bool ONE_ITEM>
 __device__ __forceinline__ uint32_t places_of_chunk(const struct arguments &a, int32_t size) {
     int32_t first = a.batch_begin + (threadIdx.x & 31) * size;
     uint32_t sum = 0;
 #pragma unroll 1
     for (int32_t i = 0; i < size; i++)
-        sum = add_places(sum, places_of_batch(a, first + i, a.batch_end));
+        sum = add_places(sum, places_of_batch<ONE_ITEM>(a, first + i, a.batch_end));
     return sum;
 }
 
@@ -70,7 +84,7 @@ __device__ __forceinline__ void sum_chunks(const struct arguments &a, struct sha
         int32_t end = begin + size < a.batch_end ? begin + size : a.batch_end;
         uint32_t sum = 0;
         for (int32_t b = begin + lane; b < end; b += 32)
-            sum = add_places(sum, places_of_batch(a, b, end));
+            sum = add_places(sum, places_of_batch<false>(a, b, end));
         sum = warp_scan(sum);
         if (lane == 31)
             s.chunks[chunk] = sum;
@@ -108,12 +122,14 @@ struct walk {
     int32_t end;
 };
 
-/* Finds the CTA's run on the line: the chunk of its first place, the batch, the item. */
-template <class S>
+/* Finds the CTA's run on the line: the chunk of its first place, the batch, the item. With ONE_ITEM
+ * (arguments.one_item) the same with a fraction of the instructions. */
+template <class S, bool ONE_ITEM>
 __device__ __forceinline__ struct walk find_run(const struct arguments &a,
                                                 const struct shared_memory<S> &s) {
     int32_t size = chunk_size(a), lane = threadIdx.x & 31;
-    uint32_t x = size > LANE_BATCHES ? s.chunks[lane] : places_of_chunk(a, size);
+    uint32_t x = !ONE_ITEM && size > LANE_BATCHES ? s.chunks[lane]
+                                                  : places_of_chunk<ONE_ITEM>(a, size);
     uint32_t upto = warp_scan(x), total = __shfl_sync(0xffffffffu, upto, 31);
     if (total > most_places<S>(a))
         total = 0;
@@ -127,7 +143,7 @@ __device__ __forceinline__ struct walk find_run(const struct arguments &a,
     if (size > 1) {
         int32_t end = batch + size < a.batch_end ? batch + size : a.batch_end;
         for (;; batch += 32) {
-            x = places_of_batch(a, batch + lane, end);
+            x = places_of_batch<ONE_ITEM>(a, batch + lane, end);
             upto = warp_scan(x);
             total = __shfl_sync(0xffffffffu, upto, 31);
             if (place < total)
@@ -135,6 +151,11 @@ __device__ __forceinline__ struct walk find_run(const struct arguments &a,
             place -= total;
         }
         batch += lane_of_place(x, upto, &place);
+    }
+    if (ONE_ITEM) {
+        w.part = whole_batch(a, batch);
+        w.next = {batch, 0, -(int32_t)place, span};
+        return w;
     }
     w.part = part_of_batch(&a.p, &a.line, batch);
     int32_t item = warp_item_at(a, w.part, (int32_t)place);
@@ -196,8 +217,30 @@ __device__ __forceinline__ void load_query(const struct arguments &a, struct sha
                         batch);
 }
 
+/* Which page of its batch holds a key. Division takes long at the head of a decode launch. */
+template <class S>
+__device__ __forceinline__ int32_t page_of_key(const struct arguments &a, int32_t key) {
+    if (S::DECODE && a.page_shift >= 0)
+        return key >> (a.page_shift + a.piece_shift);
+    return key / a.p.page_size;
+}
+
+/* Brings the page table into L2, as far as 4 KiB a CTA reach: ids are then there a trip to memory
+ * sooner when the lengths say which ones are wanted. None is read here. */
+__device__ __forceinline__ void prefetch_table(const struct arguments &a) {
+    const uint32_t LINE = 128;
+    uint32_t row_bytes = (uint32_t)(a.p.n_key / a.p.page_size) * (uint32_t)sizeof(int32_t);
+    uint32_t lines = (row_bytes + LINE - 1) / LINE, which = blockIdx.x * 32 + (threadIdx.x & 31);
+    if (!lines || a.batch_begin + which / lines >= (uint32_t)a.batch_end)
+        return;
+    const unsigned char *row = (const unsigned char *)a.p.page_table +
+                               (a.batch_begin + which / lines) * a.p.page_table_stride;
+    prefetch_l2(row + which % lines * LINE);
+}
+
 /* A lane's one of the 32 page ids from `piece` on. For a piece that no tile of the item needs the
  * table is not read: its page is -1, which TMA takes as out of range and fills with zeros. */
+template <class S>
 __device__ __forceinline__ int32_t load_page(const struct arguments &a, const struct walk &w,
                                              int32_t piece) {
     int64_t key = (int64_t)(piece + (threadIdx.x & 31)) << a.piece_shift;
@@ -205,7 +248,7 @@ __device__ __forceinline__ int32_t load_page(const struct arguments &a, const st
         return -1;
     const void *table = (const unsigned char *)a.p.page_table +
                         w.next.batch * a.p.page_table_stride;
-    return ((const int32_t *)table)[(int32_t)key / a.p.page_size];
+    return ((const int32_t *)table)[page_of_key<S>(a, (int32_t)key)];
 }
 
 /* Where 32 pieces lie, one to a lane. */
@@ -215,12 +258,15 @@ struct pages {
     uint32_t masked; /* bit of each lane whose id is out of range */
 };
 
+template <class S>
 __device__ __forceinline__ struct pages place_pages(const struct arguments &a, int32_t piece,
                                                     int32_t id) {
     int32_t key = (piece + (threadIdx.x & 31)) << a.piece_shift;
     bool wrong = id < 0 || id >= (int32_t)a.p.n_pages;
-    return {id, (int32_t)((uint32_t)key % (uint32_t)a.p.page_size),
-            __ballot_sync(0xffffffffu, wrong)};
+    int32_t row = S::DECODE && a.page_shift >= 0
+                      ? key & (a.p.page_size - 1)
+                      : (int32_t)((uint32_t)key % (uint32_t)a.p.page_size);
+    return {id, row, __ballot_sync(0xffffffffu, wrong)};
 }
 
 /* The bits of shared_memory.masked for a tile whose PIECES are `bits`. */
@@ -273,8 +319,8 @@ __device__ __forceinline__ void load_paged_keys(const struct arguments &a,
         uint32_t destination = smem_address(s.key[keys.place]);
         if (slot == 32) {
             slot = 0;
-            pages = place_pages(a, tile * PIECES, next);
-            next = load_page(a, w, tile * PIECES + 32);
+            pages = place_pages<S>(a, tile * PIECES, next);
+            next = load_page<S>(a, w, tile * PIECES + 32);
         }
         int32_t id[PIECES], row[PIECES];
 #pragma unroll
@@ -315,7 +361,7 @@ __device__ __forceinline__ void feed_tensors(const struct arguments &a, struct s
                 barrier_arrive(smem_address(&s.query_full[queries.place]));
             break;
         }
-        int32_t page = a.p.page_size ? load_page(a, w, first_piece(a, w)) : 0;
+        int32_t page = a.p.page_size ? load_page<S>(a, w, first_piece(a, w)) : 0;
         load_query<S>(a, s, query_map, w, queries.place);
         __syncwarp();
         if (!a.p.page_size)

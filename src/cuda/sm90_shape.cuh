@@ -51,6 +51,7 @@ template <int HEADS_, int DIM_, int COLUMNS_> struct shape {
     /* Decode reads keys once and writes few scores: L2 then has room for all of these until the
      * selection reads them, if keys do not drive them out. Prefill reads its keys again and again. */
     static constexpr enum keep KEEP_KEYS = COLUMNS == 256 ? KEEP_NORMAL : KEEP_SHORT;
+    static constexpr bool DECODE = COLUMNS < 256;
     static constexpr int CHARGE = COLUMNS == 256 ? 2 : COLUMNS / 64;
     static constexpr int LANE_COLUMNS = COLUMNS / 4;
     static constexpr int WEIGHT_PITCH = LANE_COLUMNS + 4; /* no bank conflict between lanes */
@@ -65,6 +66,8 @@ struct arguments {
     int32_t batch_end;
     int32_t piece_shift; /* log2 of the keys that one TMA box brings */
     unsigned long long *cycles;
+    int32_t one_item;   /* each batch is one whole item at most: see find_run */
+    int32_t page_shift; /* log2 of the boxes of a page; -1 if it is no power of two */
 };
 
 struct item {
