@@ -20,9 +20,9 @@
  * keys, every block reads the whole row; in deal_row, SM90 to 110, a cluster's blocks deal it out.
  *
  * topk_block.cuh holds what a block works with, topk_order.cuh the ordering, topk_feed.cuh what
- * fills the list, topk_cluster.cuh all that a cluster does, topk_parts.cuh what the parts of short
- * rows are, topk_row.cuh how a row begins and ends; the other kernels and what launches them are
- * here.
+ * fills the list, topk_guess.cuh and topk_deal.cuh how a cluster deals a row out, topk_cluster.cuh
+ * what else it does, topk_parts.cuh what the parts of short rows are, topk_row.cuh how a row begins
+ * and ends; the other kernels and what launches them are here.
  */
 #include <cuda_runtime.h>
 

@@ -174,11 +174,12 @@ template <class Z, int WORDS> static __device__ __forceinline__ void zero(uint32
  * or the last one of all if there are fewer. `masked` says that the last bin holds masked keys,
  * which do not count. With `table` a sum becomes what bucket_of looks up: the bucket where the bin
  * begins and, above it, the bin's number of buckets (there are at most SHORT or LIST keys then, so
- * that both fit 16 bits). Ends with a barrier. */
-template <class Z>
+ * that both fit 16 bits). If only the first USED bins are, one more gets the sum of all. Ends with a
+ * barrier. */
+template <class Z, int USED = BINS>
 static __device__ __forceinline__ void scan_hist(struct shared<Z> *s, uint32_t rank, int masked,
                                                  int table = 0) {
-    const int N = BINS / Z::THREADS;
+    const int N = USED / Z::THREADS;
     uint32_t c[N], sums[N], sum = 0, total;
     load_words<N>(c, s->hist + threadIdx.x * N);
     if (masked && threadIdx.x == Z::THREADS - 1)
@@ -199,8 +200,11 @@ static __device__ __forceinline__ void scan_hist(struct shared<Z> *s, uint32_t r
         before += c[i];
     }
     store_words<N>(s->hist + threadIdx.x * N, sums);
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 0) {
         s->total = total;
+        if (USED < BINS)
+            s->hist[USED] = total;
+    }
     __syncthreads();
 }
 

@@ -37,7 +37,7 @@ static __device__ __forceinline__ struct row find_row(const struct slab *s, int6
     if (p->query_packed) {
         batch = packed_batch(p, number);
     } else if (p->n_batch > 1) {
-        batch = number / p->n_query;
+        batch = p->n_query == 1 ? number : number / p->n_query;
         i = slot = number - batch * p->n_query;
     }
     if (batch < p->n_batch) {
@@ -87,8 +87,8 @@ static __device__ __forceinline__ void await_row(struct shared<Z> *s, const stru
                                                  int64_t number) {
     if (threadIdx.x == 0)
         s->row = find_row(slab, number);
-    wait_for_scores();
     __syncthreads();
+    wait_for_scores();
 }
 
 template <class Z>

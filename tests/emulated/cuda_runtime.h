@@ -260,6 +260,10 @@ template <class T> static inline T atomicAdd(T *p, T x) {
     *p += x;
     return old;
 }
+template <class T> static inline T atomicExch(T *p, T x) {
+    std::swap(*p, x);
+    return x;
+}
 template <class T> static inline T atomicMin(T *p, T x) {
     T old = *p;
     *p = std::min(old, x);
@@ -290,6 +294,7 @@ static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c);
 static inline float __fdividef(float a, float b) { return a / b; }
 static inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 static inline uint32_t __umulhi(uint32_t a, uint32_t b) { return (uint64_t)a * b >> 32; }
+static inline int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
 static inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 static inline uint32_t __dp4a(uint32_t a, uint32_t b, uint32_t c) {
     for (int i = 0; i < 32; i += 8)
