@@ -67,7 +67,7 @@ static const char *const data_names[] = {
     "normal", "x1e-8",   "heavy",    "+100",   "relu84",  "relu99",    "equal",
     "rising", "falling", "late",     "levels", "ulps",    "outliers",  "nan",
     "masked", "mixed",   "negative", "zeros",  "periodic", "spikes",   "anybits",
-    "steps",  "tight"};
+    "steps",  "tight",   "crowd",    "share"};
 enum { DATA_KINDS = sizeof data_names / sizeof *data_names };
 
 /* Score of key j among n. */
@@ -105,6 +105,10 @@ static float datum(int kind, uint64_t seed, int64_t j, int64_t n) {
     case 20: return from_bits(hash32(seed * 7 + j));
     case 21: return x > 1 ? rintf(16 * x) / 16 : x;
     case 22: return j >= n - 3000 ? 1 + 0.01f * uniform(2 * (seed + j)) : -1 - fabsf(x);
+    /* In a cluster: more candidates than the first block's list holds, though few enough in all ... */
+    case 23: return j < 6000 ? 1 + 0.2f * uniform(2 * (seed + j)) : -1 - fabsf(x);
+    /* ... and one more than it may send to one block. */
+    case 24: return j < 513 ? 1 + 1e-6f * (float)j : -1 - fabsf(x);
     default: return x;
     }
 }
@@ -481,9 +485,11 @@ static void check_small(int32_t n_sm) {
     static const struct {
         int kind, n_key, length;
     } few[] = {{0, 70000, 9000}, {7, 20000, 9000},  {6, 20000, 8200}, {11, 70000, 9000},
-               {15, 9000, 9000}, {21, 20000, 9000}, {22, 70000, 9000}};
+               {15, 9000, 9000}, {21, 20000, 9000}, {22, 70000, 9000}, {23, 36000, 36000},
+               {24, 9000, 9000}};
     for (auto &x : few) {
-        struct test_case c = {x.kind, {}, {x.length}, 1, 1, x.n_key, 0, 0, 2048, DTYPE_F32, 4096,
+        int k = x.kind == 24 ? 512 : 2048;
+        struct test_case c = {x.kind, {}, {x.length}, 1, 1, x.n_key, 0, 0, k, DTYPE_F32, 4096,
                               0, 0};
         run_case(c, 1);
     }
