@@ -10,13 +10,6 @@
 
 namespace {
 
-/* max(x, 0) as IEEE 754-2019 has it: a NaN stays. */
-__device__ __forceinline__ float relu(float x) {
-    float result;
-    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(x));
-    return result;
-}
-
 /* The lane's share of the head sum of its query in `group`, for key row 0 or 1 of its two. */
 template <class S>
 __device__ __forceinline__ float lane_sum(const float (&dot)[S::COLUMNS / 2],
@@ -32,7 +25,7 @@ __device__ __forceinline__ float lane_sum(const float (&dot)[S::COLUMNS / 2],
             float w = weight[2 * (group * STEPS + g) + b];
             float x = dot[4 * (group * STEPS + g) + 2 * row + b];
             float &sum = chain[g % PAIRS][b];
-            sum = __fmaf_rn(w, relu(x), g < PAIRS ? 0.0f : sum);
+            sum = __fmaf_rn(w, relu_keep_nan(x), g < PAIRS ? 0.0f : sum);
         }
     float pair[PAIRS];
 #pragma unroll
