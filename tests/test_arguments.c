@@ -290,6 +290,11 @@ static void check_pages(int pair) {
                 refuse_tensor(&c, pair, TABLE, LIDX_ERR_VALUE, "page id");
         }
     valid_call(&c, pair);
+    c.query_list[0] = 0;
+    for (int at = 0; at < COLUMNS; at++)
+        c.table[at] = bad_ids[at];
+    accept(&c, say("entries of a batch without tokens", pair, TABLE));
+    valid_call(&c, pair);
     c.key_list[1] = BLOCK * COLUMNS + 1;
     refuse_tensor(&c, pair, KL, LIDX_ERR_VALUE, "longer than the table");
     CHECK(strstr(lidx_last_error(), "block_table"), "\"%s\" names what is too short",

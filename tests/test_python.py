@@ -137,6 +137,12 @@ def test_nothing_is_copied_and_strides_are_seen():
     assert (got == expected).all()
     with pytest.raises(RuntimeError, match="query has stride"):
         lightning_indexer.lightning_indexer(query[:, ::2], key, weights[:, ::2])
+    # Batches at a distance that is no whole number of elements.
+    odd = numpy.lib.stride_tricks.as_strided(
+        wide, query.shape, (query[0].nbytes + 1, *query.strides[1:])
+    )
+    with pytest.raises(RuntimeError, match="query has strides .* in bytes; .* multiples"):
+        lightning_indexer.lightning_indexer(odd, key, weights)
 
 
 def test_errors():

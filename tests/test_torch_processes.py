@@ -90,6 +90,44 @@ def test_works_in_a_forked_child():
 # --- leaks -------------------------------------------------------------------------------------
 
 
+MIB = 1 << 20  # a context has nearly 4 of them for each of its threads
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs malloc's own numbers")
+def test_a_context_ends_with_its_thread_and_has_as_many_threads_as_torch():
+    run_python(
+        """
+        import threading
+        from test_torch_processes import MIB, OP, Case, bytes_in_use, torch
+        case = Case(query_lengths=(1, 1), key_lengths=(3, 2), heads=1, sparse_count=2)
+
+        def call():
+            OP(*case.positional())
+
+        def grown(work):
+            before = bytes_in_use()
+            work()
+            return (bytes_in_use() - before) / MIB
+
+        def threads():
+            for _ in range(20):
+                thread = threading.Thread(target=call)
+                thread.start()
+                thread.join()
+
+        torch.set_num_threads(1)
+        call()
+        threads()
+        assert grown(threads) < 2
+        torch.set_num_threads(3)
+        assert 6 < grown(call) < 9  # two threads more
+        torch.set_num_threads(1)
+        assert grown(call) < -6
+        """,
+        PYTHONPATH=os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]),
+    )
+
+
 class Mallinfo(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_size_t)

@@ -124,6 +124,25 @@ assert state["npu::npu_lightning_indexer"] == "left alone: it exists with anothe
     )
 
 
+def test_alias_is_left_alone_where_the_operator_serves_the_cpu():
+    schema = _torch._load_op().lidx_torch_schema(b"lightning_indexer").decode()
+    run_python(
+        f"""
+import torch
+npu = torch.library.Library("npu", "DEF")
+npu.define({schema!r})
+npu.impl("lightning_indexer", lambda query, *others, **options: query[0], "CPU")
+import lightning_indexer
+"""
+        + CALL
+        + """
+assert torch.ops.npu.lightning_indexer(q, k, w, sparse_count=4).dtype == torch.float16
+state = lightning_indexer._torch.state["npu::lightning_indexer"]
+assert state == "left alone: it exists and serves CPU", state
+"""
+    )
+
+
 def test_a_registration_that_fails_does_not_fail_the_import():
     run_python(
         """
