@@ -15,6 +15,7 @@
 #ifndef LIDX_AMX_H
 #define LIDX_AMX_H
 
+#include "avx512.h"
 #include "kernel.h"
 
 #include <immintrin.h>
@@ -24,8 +25,8 @@
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
+/* A tile has LANES heads or keys as rows. */
 enum {
-    LANES = 16,     /* heads of a tile, and its rows */
     STEP_DIMS = 32, /* dimensions of one tile instruction */
     TILE_BYTES = 1024,
 };

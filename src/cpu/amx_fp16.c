@@ -36,8 +36,8 @@ TARGET void lidx_amx_pack_fp16(void *packed, const struct query_row *row) {
                     special |= not_finite(source + (size_t)h * head_bytes);
                 }
             }
-            store_tile(tile, high);
-            store_tile(tile + TILE_BYTES, low);
+            lidx_avx512_transpose(tile, 64, high, 64, LANES);
+            lidx_avx512_transpose(tile + TILE_BYTES, 64, low, 64, LANES);
             tile += 2 * TILE_BYTES;
         }
     }
