@@ -64,16 +64,15 @@ static void share_bounds(struct worker *w, const struct plan_block *block) {
 static void store_selections(struct worker *w, const struct plan_block *block, int64_t n_keys) {
     int member = atomic_fetch_add_explicit(&split_of(w, block)->joined, 1, memory_order_relaxed);
     for (int r = 0; r < block->n_rows; r++) {
-        struct topk *t = &w->row[r].topk;
         struct slot *slot = slot_at(w->run, block, member, r);
-        lidx_topk_sort(t);
-        if (t->n == t->k)
-            publish_bound(w, block, r, t->entry[t->k - 1]);
-        slot->n = t->n;
-        slot->share = (int32_t)((n_keys * t->k + block->n_keys - 1) / block->n_keys);
-        slot->reached = slot->share <= t->n ? t->entry[slot->share - 1] : 0;
-        memcpy(slot->entry, t->entry, sizeof *t->entry * (size_t)t->n);
-        slot->entry[t->n] = 0;
+        const struct topk t = lidx_worker_select(w, r);
+        if (t.n == t.k)
+            publish_bound(w, block, r, t.entry[t.k - 1]);
+        slot->n = t.n;
+        slot->share = (int32_t)((n_keys * t.k + block->n_keys - 1) / block->n_keys);
+        slot->reached = slot->share <= t.n ? t.entry[slot->share - 1] : 0;
+        memcpy(slot->entry, t.entry, sizeof *t.entry * (size_t)t.n);
+        slot->entry[t.n] = 0;
     }
 }
 

@@ -19,7 +19,7 @@
 #include <float.h>
 
 enum {
-    BITS = 11, /* of a bin number or a radix digit: 8 KiB of counters, which fits L1 */
+    BITS = 11, /* of a bin number or a radix digit: 4 KiB of counters, a small part of L1 */
     BINS = 1 << BITS,
     INSERTION_MAX = 32, /* up to here, insertion sort */
     SAMPLE = 256,       /* entries of which a cut takes its bound */
@@ -77,7 +77,7 @@ static int range_shift(struct topk_range r, int bits) {
 }
 
 /* Counts entries by bin; those outside of the range are left out. */
-static void count_bins(uint32_t count[BINS], const uint64_t *entry, int n, struct topk_range r,
+static void count_bins(uint16_t count[BINS], const uint64_t *entry, int n, struct topk_range r,
                        int shift) {
     uint64_t span = r.high - r.low;
     memset(count, 0, sizeof *count * BINS);
@@ -89,13 +89,14 @@ static void count_bins(uint32_t count[BINS], const uint64_t *entry, int n, struc
 }
 
 /* Where cutting and sorting work: room for n entries and, if the loops use bin numbers, n of these.
- * 16 KiB of stack, so a caller has one and passes it down. */
+ * 8 KiB of stack, so a caller has one and passes it down. Counters need 16 bits: a buffer for the
+ * largest k has 34816 entries. */
 struct bench {
     const struct topk_loops *loops;
     uint64_t *spare;
     uint16_t *bin;
-    uint32_t end[BINS];
-    uint32_t fine[BINS];
+    uint16_t end[BINS];
+    uint16_t fine[BINS];
 };
 
 /* Drops what is below `bound`, which at least k entries reach. */
@@ -108,15 +109,15 @@ static void drop_below(struct topk *t, uint64_t bound) {
 /* A round finds the bin in which the k-th largest lies and drops what is below it; the next looks
  * into that bin alone. Entries are distinct, so that `most` = k can be had. */
 static void cut_by_bins(struct bench *b, struct topk *t, int most) {
-    uint32_t *bin_count = b->end;
+    uint16_t *bin_count = b->end;
     struct topk_range r = t->loops->range(t->entry, t->n);
     int above = 0; /* entries above r.high */
     do {
         int shift = range_shift(r, BITS);
         count_bins(bin_count, t->entry, t->n, r, shift);
         int bin = (int)((r.high - r.low) >> shift);
-        while (above + (int)bin_count[bin] < t->k)
-            above += (int)bin_count[bin--];
+        while (above + bin_count[bin] < t->k)
+            above += bin_count[bin--];
         uint64_t low = r.low + ((uint64_t)bin << shift);
         uint64_t last = low + (((uint64_t)1 << shift) - 1);
         r.high = last < r.high ? last : r.high;
@@ -221,20 +222,26 @@ static uint64_t guess_waiting_bound(const struct topk *t) {
     return bound_of_sample(t->loops, sample, sample_rank(t->k, t->n_waiting));
 }
 
-/* Makes candidates of the scores that wait. Should the sample have misled, what beats its bound is
- * less than k and has taken no score's place. */
-static void end_wait(struct topk *t) {
+/* Makes candidates of the scores that wait, in this buffer or in another. Should the sample have
+ * misled, what beats its bound is less than k and has taken no score's place. */
+static void end_wait(struct topk *t, uint64_t *entry) {
     const float *score = waiting(t);
     int n = t->n_waiting;
     if (t->threshold == 0 && n >= 4 * SAMPLE && n > rough(t->k)) {
         uint64_t bound = guess_waiting_bound(t);
-        t->n = t->loops->filter(t->entry, score, n, (uint32_t)t->position, bound - 1);
+        t->n = t->loops->filter(entry, score, n, (uint32_t)t->position, bound - 1);
         if (t->n >= t->k)
             t->threshold = bound - 1;
     }
     if (t->n < t->k)
-        t->n = t->loops->filter(t->entry, score, n, (uint32_t)t->position, t->threshold);
+        t->n = t->loops->filter(entry, score, n, (uint32_t)t->position, t->threshold);
+    t->entry = entry;
     t->n_waiting = 0;
+}
+
+void lidx_topk_move(struct topk *t, uint64_t *entry) {
+    if (t->n_waiting)
+        end_wait(t, entry);
 }
 
 static void make_room(struct topk *t) {
@@ -244,8 +251,7 @@ static void make_room(struct topk *t) {
 }
 
 void lidx_topk_push(struct topk *t, const float *score, int n, int64_t position) {
-    if (t->n_waiting)
-        end_wait(t);
+    lidx_topk_move(t, t->entry);
     for (int step; n > 0; n -= step, score += step, position += step) {
         step = n < TOPK_STEP ? n : TOPK_STEP;
         if (t->n + step > t->capacity)
@@ -268,8 +274,7 @@ static int count_beating(const uint64_t *sorted, int n, uint64_t threshold) {
 }
 
 void lidx_topk_add(struct topk *t, const uint64_t *sorted, int n) {
-    if (t->n_waiting)
-        end_wait(t);
+    lidx_topk_move(t, t->entry);
     n = count_beating(sorted, n, t->threshold);
     if (t->n + n > t->capacity) {
         make_room(t);
@@ -371,11 +376,11 @@ static uint32_t scatter(struct bench *b, const uint64_t *entry, int n,
     return most;
 }
 
-static void begin_from_count(uint32_t *bin, int n_bins) {
-    uint32_t next = 0;
+static void begin_from_count(uint16_t *bin, int n_bins) {
+    unsigned next = 0;
     for (int i = 0; i < n_bins; i++) {
-        uint32_t n = bin[i];
-        bin[i] = next;
+        unsigned n = bin[i];
+        bin[i] = (uint16_t)next;
         next += n;
     }
 }
@@ -429,7 +434,7 @@ static void sort(struct bench *b, uint64_t *entry, int n, int k) {
         bins = coarse_bins_of(r, bits);
         uint32_t most = scatter(b, entry, n, &bins);
         if (k < n) /* the bin of the k-th, all of it, is the last of interest */
-            n = (int)b->end[number_of(b->spare[k - 1], &bins)];
+            n = b->end[number_of(b->spare[k - 1], &bins)];
         b->loops->settle(entry, b->spare, n);
         if (most <= TOPK_NEAR)
             return;
@@ -443,8 +448,7 @@ static void sort(struct bench *b, uint64_t *entry, int n, int k) {
 void lidx_topk_sort(struct topk *t) {
     struct bench b;
     b.loops = t->loops;
-    if (t->n_waiting)
-        end_wait(t);
+    lidx_topk_move(t, t->entry);
     if (t->n > rough(t->k)) /* fewer are binned with the others more quickly than cut away */
         cut(&b, t, rough(t->k));
     b.spare = t->entry + t->n;

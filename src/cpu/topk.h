@@ -54,9 +54,9 @@ struct topk_loops {
      * binned twice as finely, in two passes. */
     /* bin[i] = number of the bin of entry[i]. May write n + TOPK_SLACK numbers. */
     void (*place)(uint16_t *bin, const uint64_t *entry, int n, const struct topk_bins *bins);
-    /* Turns the counts of bins, a multiple of 16, into the places where bins begin; returns the
+    /* Turns the counts of bins, a multiple of 32, into the places where bins begin; returns the
      * largest count. */
-    uint32_t (*begin)(uint32_t *count, int bins);
+    uint32_t (*begin)(uint16_t *count, int bins);
     /* Copies to `out`, best first where groups of at most TOPK_NEAR neighbours are all that is out
      * of order. Longer groups come out as some permutation of themselves. */
     void (*settle)(uint64_t *out, const uint64_t *in, int n);
@@ -120,6 +120,10 @@ void lidx_topk_push(struct topk *t, const float *score, int n, int64_t position)
 
 /* The candidates of a list of n <= k, best first, such as another selection's answer. */
 void lidx_topk_add(struct topk *t, const uint64_t *sorted, int n);
+
+/* Goes on in another buffer as large if all there is are scores that wait. Where selections end one
+ * after the other, one buffer for all of them stays in cache. */
+void lidx_topk_move(struct topk *t, uint64_t *entry);
 
 /* Reduces to the k best, best first; entry[0..n) is the answer. */
 void lidx_topk_sort(struct topk *t);

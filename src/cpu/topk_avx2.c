@@ -39,6 +39,10 @@ INLINE vector odd_worse_of(vector x, vector a, vector b) {
     return _mm256_blend_pd(x, _mm256_min_pd(a, b), 0xA);
 }
 
+INLINE vector but_first_lane(vector a, vector b) {
+    return _mm256_shuffle_pd(a, _mm256_permute2f128_pd(a, b, 0x21), 0x5);
+}
+
 INLINE void transpose(vector *out, const vector *r) {
     vector a0 = _mm256_unpacklo_pd(r[0], r[1]), a1 = _mm256_unpackhi_pd(r[0], r[1]);
     vector a2 = _mm256_unpacklo_pd(r[2], r[3]), a3 = _mm256_unpackhi_pd(r[2], r[3]);
@@ -212,28 +216,34 @@ TARGET static void place(uint16_t *bin, const uint64_t *entry, int n,
     }
 }
 
-/* Lane i of the result is the sum of lanes 0 to i. */
-INLINE __m256i running_sum(__m256i x) {
-    x = _mm256_add_epi32(x, _mm256_slli_si256(x, 4));
-    x = _mm256_add_epi32(x, _mm256_slli_si256(x, 8));
-    __m256i of_first_half = _mm256_permutevar8x32_epi32(x, _mm256_set1_epi32(3));
-    return _mm256_add_epi32(x, _mm256_blend_epi32(_mm256_setzero_si256(), of_first_half, 0xF0));
+/* In each lane the last one of its half. */
+INLINE __m256i last_of_half(__m256i x) {
+    return _mm256_shuffle_epi8(x, _mm256_set1_epi16(0x0F0E));
 }
 
-TARGET static uint32_t begin(uint32_t *bin, int bins) {
-    const __m256i last = _mm256_set1_epi32(7);
+/* Lane i of the result is the sum of lanes 0 to i. */
+INLINE __m256i running_sum(__m256i x) {
+    x = _mm256_add_epi16(x, _mm256_slli_si256(x, 2));
+    x = _mm256_add_epi16(x, _mm256_slli_si256(x, 4));
+    x = _mm256_add_epi16(x, _mm256_slli_si256(x, 8));
+    __m256i of_first_half = _mm256_permute2x128_si256(x, x, 0x08); /* behind zeros */
+    return _mm256_add_epi16(x, last_of_half(of_first_half));
+}
+
+TARGET static uint32_t begin(uint16_t *bin, int bins) {
     __m256i next = _mm256_setzero_si256(), most = next;
-    uint32_t counts[8], largest = 0;
-    for (int b = 0; b < bins; b += 8) {
+    uint16_t counts[16];
+    uint32_t largest = 0;
+    for (int b = 0; b < bins; b += 16) {
         __m256i n = _mm256_loadu_si256((const __m256i *)(const void *)(bin + b));
         __m256i end = running_sum(n);
         _mm256_storeu_si256((__m256i *)(void *)(bin + b),
-                            _mm256_add_epi32(next, _mm256_sub_epi32(end, n)));
-        next = _mm256_add_epi32(next, _mm256_permutevar8x32_epi32(end, last));
-        most = _mm256_max_epu32(most, n);
+                            _mm256_add_epi16(next, _mm256_sub_epi16(end, n)));
+        next = _mm256_add_epi16(next, last_of_half(_mm256_permute2x128_si256(end, end, 0x11)));
+        most = _mm256_max_epu16(most, n);
     }
     _mm256_storeu_si256((__m256i *)(void *)counts, most);
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < 16; i++)
         largest = counts[i] > largest ? counts[i] : largest;
     return largest;
 }

@@ -41,6 +41,11 @@ INLINE vector odd_worse_of(vector x, vector a, vector b) {
     return _mm512_mask_min_pd(x, 0xAA, a, b);
 }
 
+INLINE vector but_first_lane(vector a, vector b) {
+    __m512i x = _mm512_castpd_si512(a), y = _mm512_castpd_si512(b);
+    return _mm512_castsi512_pd(_mm512_alignr_epi64(y, x, 1));
+}
+
 INLINE void transpose(vector *out, const vector *r) {
     vector a0 = _mm512_unpacklo_pd(r[0], r[1]);
     vector a1 = _mm512_unpackhi_pd(r[0], r[1]);
@@ -132,14 +137,26 @@ TARGET static int filter(uint64_t *entry, const float *score, int n, uint32_t po
 }
 
 TARGET static struct topk_range range(const uint64_t *entry, int n) {
-    __m512i low = _mm512_set1_epi64((long long)entry[0]), high = low;
-    for (int i = 0; i < n; i += 8) {
-        __mmask8 live = n - i >= 8 ? 0xFF : (__mmask8)((1u << (n - i)) - 1);
-        __m512i e = _mm512_maskz_loadu_epi64(live, entry + i);
-        low = _mm512_mask_min_epu64(low, live, low, e);
-        high = _mm512_max_epu64(high, e);
+    const double *numbers = (const double *)(const void *)entry;
+    vector low = _mm512_set1_pd(numbers[0]), high = low, low2 = low, high2 = low;
+    int i = 0;
+    for (; i + 16 <= n; i += 16) {
+        vector e = load(numbers + i), f = load(numbers + i + 8);
+        low = worse_of(low, e);
+        high = better_of(high, e);
+        low2 = worse_of(low2, f);
+        high2 = better_of(high2, f);
     }
-    return (struct topk_range){_mm512_reduce_min_epu64(low), _mm512_reduce_max_epu64(high)};
+    for (; i < n; i += 8) {
+        __mmask8 live = n - i >= 8 ? 0xFF : (__mmask8)((1u << (n - i)) - 1);
+        vector e = _mm512_mask_loadu_pd(low, live, numbers + i);
+        low = worse_of(low, e);
+        high = better_of(high, e);
+    }
+    low = worse_of(low, low2);
+    high = better_of(high, high2);
+    return (struct topk_range){_mm512_reduce_min_epu64(_mm512_castpd_si512(low)),
+                               _mm512_reduce_max_epu64(_mm512_castpd_si512(high))};
 }
 
 TARGET static int keep(uint64_t *entry, int n, uint64_t bound) {
@@ -184,26 +201,32 @@ TARGET static void place(uint16_t *bin, const uint64_t *entry, int n,
     }
 }
 
-/* Lane i of the result is the sum of lanes 0 to i. */
+/* Lane i of the result is the sum of lanes 0 to i: of its quarter of the lanes, and of the quarters
+ * before. */
 INLINE __m512i running_sum(__m512i x) {
-    const __m512i zero = _mm512_setzero_si512();
-    x = _mm512_add_epi32(x, _mm512_alignr_epi32(x, zero, 15));
-    x = _mm512_add_epi32(x, _mm512_alignr_epi32(x, zero, 14));
-    x = _mm512_add_epi32(x, _mm512_alignr_epi32(x, zero, 12));
-    return _mm512_add_epi32(x, _mm512_alignr_epi32(x, zero, 8));
+    x = _mm512_add_epi16(x, _mm512_bslli_epi128(x, 2));
+    x = _mm512_add_epi16(x, _mm512_bslli_epi128(x, 4));
+    x = _mm512_add_epi16(x, _mm512_bslli_epi128(x, 8));
+    __m512i quarter = _mm512_shuffle_epi8(x, _mm512_set1_epi16(0x0F0E)); /* its last lane */
+    __m512i first = _mm512_maskz_shuffle_i64x2(0xC0, quarter, quarter, 0x00);
+    __m512i before = _mm512_maskz_shuffle_i64x2(0xFC, quarter, quarter, 0x90);
+    quarter = _mm512_add_epi16(quarter, before);
+    before = _mm512_maskz_shuffle_i64x2(0xFC, quarter, quarter, 0x90);
+    return _mm512_add_epi16(x, _mm512_add_epi16(before, first));
 }
 
-TARGET static uint32_t begin(uint32_t *bin, int bins) {
-    const __m512i last = _mm512_set1_epi32(15);
+TARGET static uint32_t begin(uint16_t *bin, int bins) {
+    const __m512i last = _mm512_set1_epi16(31);
     __m512i next = _mm512_setzero_si512(), most = next;
-    for (int b = 0; b < bins; b += 16) {
+    for (int b = 0; b < bins; b += 32) {
         __m512i n = _mm512_loadu_si512(bin + b);
         __m512i end = running_sum(n);
-        _mm512_storeu_si512(bin + b, _mm512_add_epi32(next, _mm512_sub_epi32(end, n)));
-        next = _mm512_add_epi32(next, _mm512_permutexvar_epi32(last, end));
-        most = _mm512_max_epu32(most, n);
+        _mm512_storeu_si512(bin + b, _mm512_add_epi16(next, _mm512_sub_epi16(end, n)));
+        next = _mm512_add_epi16(next, _mm512_permutexvar_epi16(last, end));
+        most = _mm512_max_epu16(most, n);
     }
-    return _mm512_reduce_max_epu32(most);
+    most = _mm512_max_epu16(most, _mm512_srli_epi32(most, 16));
+    return _mm512_reduce_max_epu32(_mm512_and_si512(most, _mm512_set1_epi32(0xFFFF)));
 }
 
 TARGET static void settle(uint64_t *out, const uint64_t *in, int n) {

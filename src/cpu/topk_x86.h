@@ -10,6 +10,7 @@
  *     better_of, worse_of       maxima and minima, lane by lane
  *     swap_neighbours           changes lanes 2i and 2i + 1 for each other
  *     odd_worse_of(x, a, b)     x in even lanes, the worse of a and b in odd ones
+ *     but_first_lane(a, b)      lanes 1 and up of a, and behind them lane 0 of b
  *     transpose(out, in)        LANES registers: row i to lane i
  */
 #ifndef LIDX_TOPK_X86_H
@@ -100,8 +101,21 @@ INLINE void merge_runs(vector *r) {
     order_four(r, 0, 1, 2), order_four(r, 8, 1, 2);
 }
 
-INLINE void settle_block(double *out, const double *in, int sorted) {
-    vector r[RUN], rows[LANES];
+/* The first BLOCK of n entries, each run sorted and runs merged in pairs of lanes. What is missing
+ * of a block is 0, worse than any entry. */
+INLINE void sort_block(vector *r, const double *in, int n) {
+    double filled[BLOCK];
+    if (n <= 0) {
+        memset(r, 0, sizeof *r * RUN);
+        return;
+    }
+    if (n < BLOCK) {
+        size_t bytes = sizeof *in * (size_t)n;
+        memcpy(filled, in, bytes);
+        memset((unsigned char *)filled + bytes, 0, sizeof filled - bytes);
+        in = filled;
+    }
+    vector rows[LANES];
     UNROLL
     for (int part = 0; part < RUN; part += LANES) {
         UNROLL
@@ -109,38 +123,51 @@ INLINE void settle_block(double *out, const double *in, int sorted) {
             rows[i] = load(in + RUN * i + part);
         transpose(r + part, rows);
     }
-    if (!sorted)
-        sort_runs(r);
+    sort_runs(r);
     merge_runs(r);
+}
+
+/* The first n entries of a block. */
+INLINE void store_block(double *out, const vector *r, int n) {
+    double whole[BLOCK], *to = n < BLOCK ? whole : out;
+    vector rows[LANES];
     UNROLL
     for (int part = 0; part < RUN; part += LANES) {
         transpose(rows, r + part);
         UNROLL
         for (int i = 0; i < LANES; i++)
-            store(out + RUN * i + part, rows[i]);
+            store(to + RUN * i + part, rows[i]);
     }
+    if (n < BLOCK)
+        memcpy(out, whole, sizeof *out * (size_t)n);
 }
 
-/* A last block that is not whole is filled with 0, worse than any entry. */
-INLINE void settle_blocks(double *out, const double *in, int n, int sorted) {
-    double block[BLOCK];
-    int i = 0;
-    for (; i + BLOCK <= n; i += BLOCK)
-        settle_block(out + i, in + i, sorted);
-    if (i >= n)
-        return;
-    size_t bytes = sizeof *in * (size_t)(n - i);
-    memcpy(block, in + i, bytes);
-    memset(block + (n - i), 0, sizeof block - bytes);
-    settle_block(block, block, sorted);
-    memcpy(out + i, block, bytes);
+/* The other pairs: the runs of a block but the first, and the first of the next block. */
+INLINE void merge_across(vector *r, const vector *block, const vector *next) {
+    UNROLL
+    for (int i = 0; i < RUN; i++)
+        r[i] = but_first_lane(block[i], next[i]);
+    merge_runs(r);
 }
 
 /* struct topk_loops.settle */
-INLINE void settle_neighbours(uint64_t *out, const uint64_t *in, int n) {
-    double *to = (double *)(void *)out;
-    settle_blocks(to, (const double *)(const void *)in, n, 0);
-    settle_blocks(to + RUN, to + RUN, n - RUN, 1);
+INLINE void settle_neighbours(uint64_t *to, const uint64_t *from, int n) {
+    double *out = (double *)(void *)to;
+    const double *in = (const double *)(const void *)from;
+    vector block[RUN], next[RUN], across[RUN];
+    memset(block, 0, sizeof block);
+    for (int i = 0, stored = 0; stored < n; i += BLOCK) {
+        sort_block(next, in + i, n - i);
+        if (i == 0) {
+            store_block(out, next, n < RUN ? n : RUN);
+            stored = RUN;
+        } else {
+            merge_across(across, block, next);
+            store_block(out + stored, across, n - stored);
+            stored += BLOCK;
+        }
+        memcpy(block, next, sizeof block);
+    }
 }
 
 #endif
