@@ -105,10 +105,11 @@ static float datum(int kind, uint64_t seed, int64_t j, int64_t n) {
     case 20: return from_bits(hash32(seed * 7 + j));
     case 21: return x > 1 ? rintf(16 * x) / 16 : x;
     case 22: return j >= n - 3000 ? 1 + 0.01f * uniform(2 * (seed + j)) : -1 - fabsf(x);
-    /* In a cluster: more candidates than the first block's list holds, though few enough in all ... */
-    case 23: return j < 6000 ? 1 + 0.2f * uniform(2 * (seed + j)) : -1 - fabsf(x);
-    /* ... and one more than it may send to one block. */
-    case 24: return j < 513 ? 1 + 1e-6f * (float)j : -1 - fabsf(x);
+    /* In a cluster: more candidates than some warps' lists hold, though few enough in all ... */
+    case 23: return j % 8192 < 512 ? 1 + 0.2f * uniform(2 * (seed + j)) : -1 - fabsf(x);
+    /* ... and in the first block one more than it may send to one block. */
+    case 24:
+        return j % 256 < 32 && j / 256 * 32 + j % 32 < 513 ? 1 + 1e-6f * (float)j : -1 - fabsf(x);
     default: return x;
     }
 }
@@ -464,11 +465,9 @@ static void check(int32_t n_sm, int full) {
     }
 }
 
-static void check_small(int32_t n_sm) {
+static void check_small(void) {
     for (int kind : {0, 4, 10, 11, 13, 15}) {
-        struct test_case c = {kind, {}, {}, 1, 3, 4200, 0, 3, 2048, DTYPE_F32, n_sm, 0, 0};
-        run_case(c, 1);
-        c.n_sm = 3;
+        struct test_case c = {kind, {}, {}, 1, 3, 4200, 0, 3, 2048, DTYPE_F32, 3, 0, 0};
         run_case(c, 1);
         c.n_key = 9000;
         c.n_sm = 1;
@@ -481,12 +480,13 @@ static void check_small(int32_t n_sm) {
         run_case(c, 1);
     }
     /* Clusters that hold 8 scores a thread, or 16: candidates that spread, share buckets, crowd
-     * them, or are too many. Short rows and few, since racecheck takes seconds for each. */
+     * them, or are too many. Short rows in parts, even or not. Short rows and few, since racecheck
+     * takes seconds for each. */
     static const struct {
         int kind, n_key, length;
     } few[] = {{0, 70000, 9000}, {7, 20000, 9000},  {6, 20000, 8200}, {11, 70000, 9000},
                {15, 9000, 9000}, {21, 20000, 9000}, {22, 70000, 9000}, {23, 36000, 36000},
-               {24, 9000, 9000}};
+               {24, 9000, 9000}, {0, 8192, 3000},  {11, 3000, 2500}, {6, 3000, 2000}};
     for (auto &x : few) {
         int k = x.kind == 24 ? 512 : 2048;
         struct test_case c = {x.kind, {}, {x.length}, 1, 1, x.n_key, 0, 0, k, DTYPE_F32, 4096,
@@ -633,7 +633,7 @@ int main(int argc, char **argv) {
         if (what == "quick")
             check(n_sm, 0);
         if (what == "sanitize") /* few rows, for compute-sanitizer */
-            check_small(n_sm);
+            check_small();
 #ifdef __CUDACC__
         if (all || what == "time")
             time_all(n_sm);
