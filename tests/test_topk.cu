@@ -31,6 +31,12 @@
         }                                                                                          \
     } while (0)
 
+#ifdef __CUDACC__
+enum { ON_DEVICE = 1 };
+#else
+enum { ON_DEVICE = 0 };
+#endif
+
 static long passed, failed;
 static int32_t compute = 90; /* 80: without clusters */
 
@@ -431,9 +437,41 @@ static void check_few(const std::vector<int32_t> &lengths, int64_t n_key, int to
     compute = 90;
 }
 
+/* One row for a cluster, or for 32 blocks if n_key is short. */
+static void check_row(int kind, int n_key, int length, int top_k) {
+    struct test_case c = {kind, {}, {length}, 1, 1, n_key, 0, 0, top_k, DTYPE_F32, 4096, 0, 0};
+    run_case(c, 1);
+}
+
+/* The four paths of other rows: one block, split, and for top_k above 2048. */
+static void check_paths(int kind) {
+    struct test_case c = {kind, {}, {}, 1, 3, 4200, 0, 3, 2048, DTYPE_F32, 3, 0, 0};
+    run_case(c, 1);
+    c.n_key = 9000;
+    c.n_sm = 1;
+    run_case(c, 1);
+    c.n_sm = 4096;
+    compute = 80;
+    run_case(c, 1);
+    compute = 90;
+    c.top_k = 4096;
+    run_case(c, 1);
+}
+
+/* Where what a cluster or 32 blocks have room for is exceeded. */
+static void check_limits(void) {
+    check_paths(15);
+    check_row(11, 70000, 9000, 2048);
+    check_row(15, 9000, 9000, 2048);
+    check_row(23, 36000, 36000, 2048); /* some warps' lists */
+    check_row(24, 9000, 9000, 512);    /* an inbox, by one */
+    check_row(6, 3000, 2000, 2048);    /* a part */
+}
+
 static void check(int32_t n_sm, int full) {
     static const int32_t ks[] = {1, 7, 64, 512, 1000, 2047, 2048, 2049, 4096, 8192};
     int32_t few = 1, many = 4096; /* never split; always split */
+    check_limits();
     check_layouts(few);
     check_layouts(n_sm);
     check_layouts(many);
@@ -465,37 +503,22 @@ static void check(int32_t n_sm, int full) {
     }
 }
 
+/* Every path, by few and short rows: racecheck takes seconds for each of a cluster or 32 blocks. */
 static void check_small(void) {
-    for (int kind : {0, 4, 10, 11, 13, 15}) {
-        struct test_case c = {kind, {}, {}, 1, 3, 4200, 0, 3, 2048, DTYPE_F32, 3, 0, 0};
-        run_case(c, 1);
-        c.n_key = 9000;
-        c.n_sm = 1;
-        run_case(c, 1);
-        c.n_sm = 4096;
-        compute = 80;
-        run_case(c, 1);
-        compute = 90;
-        c.top_k = 4096;
-        run_case(c, 1);
-    }
+    for (int kind : {0, 4, 10, 11, 13})
+        check_paths(kind);
     /* Clusters that hold 8 scores a thread, or 16: candidates that spread, share buckets, crowd
-     * them, or are too many. Short rows in parts, even or not. Short rows and few, since racecheck
-     * takes seconds for each. */
-    static const struct {
-        int kind, n_key, length;
-    } few[] = {{0, 70000, 9000}, {7, 20000, 9000},  {6, 20000, 8200}, {11, 70000, 9000},
-               {15, 9000, 9000}, {21, 20000, 9000}, {22, 70000, 9000}, {23, 36000, 36000},
-               {24, 9000, 9000}, {0, 8192, 3000},  {11, 3000, 2500}, {6, 3000, 2000}};
-    for (auto &x : few) {
-        int k = x.kind == 24 ? 512 : 2048;
-        struct test_case c = {x.kind, {}, {x.length}, 1, 1, x.n_key, 0, 0, k, DTYPE_F32, 4096,
-                              0, 0};
-        run_case(c, 1);
-    }
+     * them, or are too many. */
+    check_row(0, 70000, 9000, 2048);
+    check_row(7, 20000, 9000, 2048);
+    check_row(6, 20000, 8200, 2048);
+    check_row(21, 20000, 9000, 2048);
+    check_row(22, 70000, 9000, 2048);
     struct test_case uneven = {4, {}, {3000, 0, 9000}, 3, 1, 9000, 0, 0, 2048, DTYPE_BF16, 4096, 0,
                                0};
     run_case(uneven, 1);
+    check_row(0, 8192, 3000, 2048); /* 32 blocks: even, and a last part that ends too early */
+    check_row(11, 3000, 2500, 2048);
     struct test_case crowd = {0, {}, {}, 1, 20, 9000, 0, 3, 64, DTYPE_F32, 1, 0, 0};
     run_case(crowd, 1);
 }
@@ -632,8 +655,11 @@ int main(int argc, char **argv) {
             check(n_sm, 1);
         if (what == "quick")
             check(n_sm, 0);
-        if (what == "sanitize") /* few rows, for compute-sanitizer */
+        if (what == "sanitize") { /* few rows, for compute-sanitizer and for a CPU */
             check_small();
+            if (!ON_DEVICE)
+                check_limits();
+        }
 #ifdef __CUDACC__
         if (all || what == "time")
             time_all(n_sm);

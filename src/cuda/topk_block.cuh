@@ -140,10 +140,12 @@ template <int N> static __device__ __forceinline__ void load_words(uint32_t *c, 
             c[4 * i + 2] = v.z;
             c[4 * i + 3] = v.w;
         }
-    } else {
+    } else if (N == 2) {
         uint2 v = *(const uint2 *)a;
         c[0] = v.x;
         c[1] = v.y;
+    } else {
+        c[0] = a[0];
     }
 }
 
