@@ -212,7 +212,7 @@ _Static_assert(PITCH * sizeof(float) == 512, "the distance from key to key below
 
 /* ---- panels ---------------------------------------------------------------------------------- */
 
-enum { NOTHING = -1 }; /* to widen, instead of a dtype */
+enum { NOTHING = KEY_DTYPES }; /* to widen, in the place of a dtype */
 
 /* Where a panel is on its way over a block of keys. */
 struct place {
@@ -308,11 +308,11 @@ PASS(pass_1_fp16, 1, DTYPE_FP16)
 PASS(pass_2_fp16, 2, DTYPE_FP16)
 PASS(pass_3_fp16, 3, DTYPE_FP16)
 
-/* By P - 1. */
-static pass_fn *const passes[PANEL_GROUPS] = {pass_1, pass_2, pass_3};
-static pass_fn *const widening_passes[KEY_DTYPES][PANEL_GROUPS] = {
+/* By what is widened and P - 1. */
+static pass_fn *const passes[KEY_DTYPES + 1][PANEL_GROUPS] = {
     [DTYPE_BF16] = {pass_1_bf16, pass_2_bf16, pass_3_bf16},
     [DTYPE_FP16] = {pass_1_fp16, pass_2_fp16, pass_3_fp16},
+    [NOTHING] = {pass_1, pass_2, pass_3},
 };
 
 /* The 8 lanes of each of 8 keys, added in one order for all: a transposing tree. */
@@ -346,13 +346,13 @@ struct block {
     const unsigned char *row;   /* a whole block of keys to widen */
     int64_t row_stride;
     float *wide; /* where to */
-    int widens;  /* 0: none, after all */
+    int widened; /* their dtype, or NOTHING: then none are, after all */
 };
 
 /* The scores of a block's keys. The last panel widens: what it writes is then still in L1 when the
  * first one comes to it. */
 INLINE void score_block(float *score, const void *packed, int n_heads, int head_dim,
-                        const struct block *b, int dtype) {
+                        const struct block *b) {
     const int groups = group_count(n_heads);
     const float *weights = packed, *masks = weights + groups * LANES;
     struct panel p = {.query = masks + groups * LANES,
@@ -367,8 +367,9 @@ INLINE void score_block(float *score, const void *packed, int n_heads, int head_
     float last[LANES] __attribute__((aligned(64)));
     for (int left = groups, P; left > 0; left -= P) {
         P = panel_groups(left);
-        p.is_padded = P == left && n_heads % LANES != 0;
-        (P == left && b->widens ? widening_passes[dtype] : passes)[P - 1](sums, &p, b->n);
+        const int is_last = P == left;
+        p.is_padded = is_last && n_heads % LANES != 0;
+        passes[is_last ? b->widened : NOTHING][P - 1](sums, &p, b->n);
         p.query += P * head_dim * LANES;
         p.weights += P * LANES;
         p.masks += P * LANES;
@@ -395,10 +396,8 @@ INLINE void widen_block(float *wide, const unsigned char *row, int64_t stride, i
     }
 }
 
-/* Scores of one or two tokens, for which keys are widened once. What comes next is fetched while
- * the last token has the block. */
-INLINE void score_tokens(float *const *out, const void *const *packed, int tokens, int n_heads,
-                         int head_dim, const struct key_run *run, int dtype) {
+INLINE void score(float *out, const void *packed, int n_heads, int head_dim,
+                  const struct key_run *run, int dtype) {
     float wide[2][KEY_BLOCK * PITCH] __attribute__((aligned(64)));
     const int64_t stride = run->row_stride;
     const int n_blocks = (run->n_keys + KEY_BLOCK - 1) / KEY_BLOCK;
@@ -412,27 +411,14 @@ INLINE void score_tokens(float *const *out, const void *const *packed, int token
         b.keys = wide[i % 2];
         b.n = left < KEY_BLOCK ? left : KEY_BLOCK;
         b.fetch = run->block[ahead < last ? ahead : last];
+        b.fetch_bytes = ahead <= last ? fetch_bytes : 0;
         b.row = run->block[after > 0 ? i + 1 : i];
         b.wide = wide[(i + 1) % 2];
-        for (int t = 0; t < tokens; t++) {
-            const int is_last = t + 1 == tokens;
-            b.fetch_bytes = is_last && ahead <= last ? fetch_bytes : 0;
-            b.widens = is_last && after >= KEY_BLOCK;
-            score_block(out[t] + i * KEY_BLOCK, packed[t], n_heads, head_dim, &b, dtype);
-        }
+        b.widened = after >= KEY_BLOCK ? dtype : NOTHING;
+        score_block(out + i * KEY_BLOCK, packed, n_heads, head_dim, &b);
         if (after > 0 && after < KEY_BLOCK)
             widen_block(b.wide, b.row, stride, after, head_dim, dtype);
     }
-}
-
-INLINE void score(float *out, const void *packed, int n_heads, int head_dim,
-                  const struct key_run *run, int dtype) {
-    score_tokens(&out, &packed, 1, n_heads, head_dim, run, dtype);
-}
-
-INLINE void score_two(float *const out[2], const void *const packed[2], int n_heads, int head_dim,
-                      const struct key_run *run, int dtype) {
-    score_tokens(out, packed, 2, n_heads, head_dim, run, dtype);
 }
 
 TARGET static void pack_bf16(void *packed, const struct query_row *row) {
@@ -453,23 +439,12 @@ TARGET static void score_fp16(float *out, const void *packed, int n_heads, int h
     score(out, packed, n_heads, head_dim, run, DTYPE_FP16);
 }
 
-TARGET static void score_two_bf16(float *const out[2], const void *const packed[2], int n_heads,
-                                  int head_dim, const struct key_run *run) {
-    score_two(out, packed, n_heads, head_dim, run, DTYPE_BF16);
-}
-
-TARGET static void score_two_fp16(float *const out[2], const void *const packed[2], int n_heads,
-                                  int head_dim, const struct key_run *run) {
-    score_two(out, packed, n_heads, head_dim, run, DTYPE_FP16);
-}
-
 const struct kernel lidx_kernel_avx2 = {
     .name = "avx2",
     .needs = FEATURE_AVX2 | FEATURE_FMA | FEATURE_F16C,
     .topk = &lidx_topk_avx2,
     .path = {[DTYPE_BF16] = {packed_size, pack_bf16, score_bf16},
              [DTYPE_FP16] = {packed_size, pack_fp16, score_fp16}},
-    .score_two = {[DTYPE_BF16] = score_two_bf16, [DTYPE_FP16] = score_two_fp16},
 };
 
 #endif
