@@ -176,8 +176,8 @@ template <class Z, int WORDS> static __device__ __forceinline__ void zero(uint32
  * or the last one of all if there are fewer. `masked` says that the last bin holds masked keys,
  * which do not count. With `table` a sum becomes what bucket_of looks up: the bucket where the bin
  * begins and, above it, the bin's number of buckets (there are at most SHORT or LIST keys then, so
- * that both fit 16 bits). If only the first USED bins are, one more gets the sum of all. Ends with a
- * barrier. */
+ * that both fit 16 bits). If only the first USED bins are used, one more gets the sum of all. Ends
+ * with a barrier. */
 template <class Z, int USED = BINS>
 static __device__ __forceinline__ void scan_hist(struct shared<Z> *s, uint32_t rank, int masked,
                                                  int table = 0) {

@@ -233,12 +233,12 @@ static __device__ __forceinline__ bool write_dealt(struct cluster_shared<Z> *c, 
     enter_inbox(c, count);
     __syncthreads();
     uint32_t way = c->way, first = s->before, found = s->total;
-    if (way == EVEN)
-        write_share(c, count, r, first, dtype);
-    else if (way == CROWDED)
+    if (way == UNEVEN)
+        return false;
+    if (way == CROWDED)
         write_crowded<Z>(first, dtype);
     else
-        return false;
+        write_share(c, count, r, first, dtype);
     if (rank == 0)
 #pragma unroll 1
         for (uint32_t j = found + threadIdx.x; j < r->top_k; j += Z::THREADS)
