@@ -63,8 +63,8 @@ static struct shape one_batch(int tokens, int n_keys) {
 }
 
 static struct lidx_tensor tensor(void *data, int code, int bits, int64_t *shape, int ndim) {
-    struct lidx_tensor t = {data, {LIDX_CPU, 0}, ndim, {(uint8_t)code, (uint8_t)bits, 1},
-                            shape, NULL, 0};
+    struct lidx_tensor t = {data,  {LIDX_CPU, 0}, ndim, {(uint8_t)code, (uint8_t)bits, 1},
+                            shape, NULL,          0};
     return t;
 }
 
@@ -155,10 +155,11 @@ static void one_thread(const char *name, int tokens, int n_keys) {
     }
     double middle_us = n_quiet ? median(quiet_us, n_quiet) : NAN;
     double middle = n_quiet ? median(quiet, n_quiet) : NAN;
-    printf("%-12s 1 thread: peak %.2f TFLOP/s; quiet rounds %d of %d: median %.1f us, %.3f of peak, "
-           "best %.3f; all rounds: median %.3f of the peak around them\n",
-           name, best * 1e-12, n_quiet, n, middle_us, middle,
-           n_quiet ? quiet[n_quiet - 1] : NAN, median(fraction, n));
+    printf(
+        "%-12s 1 thread: peak %.2f TFLOP/s; quiet rounds %d of %d: median %.1f us, %.3f of peak, "
+        "best %.3f; all rounds: median %.3f of the peak around them\n",
+        name, best * 1e-12, n_quiet, n, middle_us, middle, n_quiet ? quiet[n_quiet - 1] : NAN,
+        median(fraction, n));
     lidx_destroy(context);
 }
 

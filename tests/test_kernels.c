@@ -21,16 +21,16 @@
 extern const struct kernel lidx_kernel_amx_emulated;
 #endif
 
-static const int head_counts[] = {1,  2,  3,  5,  7,  8,  13, 16, 17,  31, 32,
+static const int head_counts[] = {1,  2,  3,  5,  7,  8,  13, 16,  17,  31, 32,
                                   33, 40, 48, 63, 64, 65, 96, 100, 127, 128};
 
 static const char *const values_name[N_VALUES] = {
-    "normal", "tiny", "huge", "denormal", "zeros", "keys with inf", "keys with NaN",
-    "a query with inf or NaN"};
+    "normal", "tiny",          "huge",          "denormal",
+    "zeros",  "keys with inf", "keys with NaN", "a query with inf or NaN"};
 
-static const char *const layout_name[N_LAYOUTS] = {
-    "dense", "dense, aligned to an element only", "strided",
-    "strided, aligned to an element only", "scattered blocks"};
+static const char *const layout_name[N_LAYOUTS] = {"dense", "dense, aligned to an element only",
+                                                   "strided", "strided, aligned to an element only",
+                                                   "scattered blocks"};
 
 static int agrees(float got, float want, float bound) {
     if (isnan(got) || isnan(want))
@@ -80,7 +80,7 @@ static void check_pieces(struct arena *a, const struct kernel *kernel, const str
     while (first < MAX_KEYS && !bad) {
         int left = MAX_KEYS - first, n = (int)rng_between(rng, 1, left < 50 ? left : 50);
         run = data_place(a, p, (enum layout)rng_below(rng, N_LAYOUTS), first, n,
-                    (int)rng_below(rng, AHEAD + 1));
+                         (int)rng_below(rng, AHEAD + 1));
         got = score_guarded(a, path, packed, p, &run);
         for (int j = 0; j < n && !bad; j++)
             bad = !got || !same_bits(got[j], whole[first + j]);
@@ -119,15 +119,16 @@ static void check_two(struct arena *a, const struct kernel *kernel, const struct
         return;
     for (int h = 0; h < p->n_heads; h++)
         weights[h] = p->weights[p->n_heads - 1 - h];
-    kernel->path[p->dtype].pack(
-        other, &(struct query_row){p->query, weights, p->n_heads, p->head_dim});
+    kernel->path[p->dtype].pack(other,
+                                &(struct query_row){p->query, weights, p->n_heads, p->head_dim});
     for (int i = 0; i < 8; i++) {
         int n = i ? (int)rng_between(rng, 1, 100) : MAX_KEYS, swap = i % 2;
         const void *const both[2] = {swap ? other : packed, swap ? packed : other};
         struct key_run run = data_place(a, p, (enum layout)rng_below(rng, N_LAYOUTS), 0, n, 0);
-        CHECK(two_as_one(a, kernel, p, both, &run), "%s %s: %d heads of %d, %d keys: two tokens "
-              "at once are not what they are one by one", kernel->name, dtype_name(p->dtype),
-              p->n_heads, p->head_dim, n);
+        CHECK(two_as_one(a, kernel, p, both, &run),
+              "%s %s: %d heads of %d, %d keys: two tokens "
+              "at once are not what they are one by one",
+              kernel->name, dtype_name(p->dtype), p->n_heads, p->head_dim, n);
     }
 }
 

@@ -13,22 +13,22 @@ enum stream {
     RANDOM,
     ZEROS,
     FEW_LEVELS,
-    CROWDED,   /* +100 and a little */
-    TINY,      /* 1e-8 */
+    CROWDED, /* +100 and a little */
+    TINY,    /* 1e-8 */
     DENORMALS,
     RISING,
     FALLING,
     SAWTOOTH,
     EQUAL,
-    ANY_BITS,  /* inf, NaN, -0 and all */
+    ANY_BITS, /* inf, NaN, -0 and all */
     NEARLY_EQUAL,
     LAST_WINS, /* all equal but the last few */
     NEGATIVE,
-    LONG_TAIL,      /* many octaves, of one sign */
-    BOTH_TAILS,     /* many octaves, of both signs */
-    OUTLIERS,       /* a few far above, a few infinite */
+    LONG_TAIL,  /* many octaves, of one sign */
+    BOTH_TAILS, /* many octaves, of both signs */
+    OUTLIERS,   /* a few far above, a few infinite */
     MOSTLY_ZERO,
-    PERIODIC,       /* in step with any sample of every 2^n-th */
+    PERIODIC, /* in step with any sample of every 2^n-th */
     STREAMS
 };
 
@@ -106,7 +106,8 @@ struct input {
     int32_t offset; /* position of the first score */
 };
 
-static void push_range(struct topk *t, const struct input *in, int begin, int end, struct rng *rng) {
+static void push_range(struct topk *t, const struct input *in, int begin, int end,
+                       struct rng *rng) {
     while (begin < end) {
         int n = (int)rng_between(rng, 1, rng_below(rng, 4) ? TOPK_STEP : 3 * TOPK_STEP);
         n = rng_below(rng, 2) ? (n + 15) / 16 * 16 : n; /* others can only be the last that wait */

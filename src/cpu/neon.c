@@ -85,7 +85,7 @@ INLINE float32x4_t relu(float32x4_t x, uint32x4_t heads) {
     return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(positive), heads));
 }
 
-/* ---- fp32 ------------------------------------------------------------------------------------- */
+/* ---- fp32 ------------------------------------------------------------------------------------ */
 
 static size_t packed_size_f32(int n_heads, int head_dim) {
     size_t heads = (size_t)panels_of(n_heads, PANEL) * PANEL;
@@ -119,7 +119,8 @@ static void pack_f32(float *packed, const struct query_row *row, int dtype) {
 }
 
 /* The keys of a block as floats, [KEY_BLOCK][head_dim]. */
-INLINE void widen_block(float *keys, const struct key_run *run, int block, int head_dim, int dtype) {
+INLINE void widen_block(float *keys, const struct key_run *run, int block, int head_dim,
+                        int dtype) {
     for (int r = 0; r < KEY_BLOCK; r++, keys += head_dim) {
         const uint16_t *row = row_of(run, block, r);
         fetch_row(run, block, r, head_dim);
@@ -135,23 +136,34 @@ INLINE void widen_block(float *keys, const struct key_run *run, int block, int h
 INLINE void add_panel_f32(float32x4_t *sum, const float *query, const float *keys, int head_dim,
                           const float *weights, const uint32_t *masks) {
     float32x4_t dot[GROUP][4];
-    UNROLL for (int i = 0; i < GROUP * 4; i++) dot[i / 4][i % 4] = vdupq_n_f32(0);
+    UNROLL
+    for (int i = 0; i < GROUP * 4; i++)
+        dot[i / 4][i % 4] = vdupq_n_f32(0);
     for (int d = 0; d < head_dim; d += 4) {
         float32x4_t key[GROUP];
-        UNROLL for (int k = 0; k < GROUP; k++) key[k] = vld1q_f32(keys + k * head_dim + d);
-        UNROLL for (int i = 0; i < 4; i++) {
+        UNROLL
+        for (int k = 0; k < GROUP; k++)
+            key[k] = vld1q_f32(keys + k * head_dim + d);
+        UNROLL
+        for (int i = 0; i < 4; i++) {
             float32x4_t q[4];
-            UNROLL for (int v = 0; v < 4; v++) q[v] = vld1q_f32(query + (d + i) * PANEL + v * 4);
-            UNROLL for (int k = 0; k < GROUP; k++) {
-                UNROLL for (int v = 0; v < 4; v++)
+            UNROLL
+            for (int v = 0; v < 4; v++)
+                q[v] = vld1q_f32(query + (d + i) * PANEL + v * 4);
+            UNROLL
+            for (int k = 0; k < GROUP; k++) {
+                UNROLL
+                for (int v = 0; v < 4; v++)
                     dot[k][v] = vfmaq_n_f32(dot[k][v], q[v], key[k][i]);
             }
         }
     }
-    UNROLL for (int v = 0; v < 4; v++) {
+    UNROLL
+    for (int v = 0; v < 4; v++) {
         float32x4_t weight = vld1q_f32(weights + v * 4);
         uint32x4_t heads = vld1q_u32(masks + v * 4);
-        UNROLL for (int k = 0; k < GROUP; k++)
+        UNROLL
+        for (int k = 0; k < GROUP; k++)
             sum[k] = vfmaq_f32(sum[k], relu(dot[k][v], heads), weight);
     }
 }
@@ -166,7 +178,9 @@ INLINE void score_f32(float *score, const float *packed, int n_heads, int head_d
         widen_block(keys, run, block, head_dim, dtype);
         for (int k = 0; k < KEY_BLOCK; k += GROUP) {
             float32x4_t sum[GROUP];
-            UNROLL for (int i = 0; i < GROUP; i++) sum[i] = vdupq_n_f32(0);
+            UNROLL
+            for (int i = 0; i < GROUP; i++)
+                sum[i] = vdupq_n_f32(0);
             for (int panel = 0; panel < n_panels; panel++)
                 add_panel_f32(sum, packed + panel * PANEL * head_dim, keys + k * head_dim, head_dim,
                               weights + panel * PANEL, masks + panel * PANEL);
@@ -203,7 +217,7 @@ const struct kernel lidx_kernel_neon = {
              [DTYPE_FP16] = {packed_size_f32, pack_fp16_f32, score_fp16_f32}},
 };
 
-/* ---- BFMMLA ----------------------------------------------------------------------------------- */
+/* ---- BFMMLA ---------------------------------------------------------------------------------- */
 
 /* Weights and masks of a pair of heads h and h + 1 stand as h, h, h + 1, h + 1, like the sums. */
 static size_t packed_size_pairs(int n_heads, int head_dim) {
@@ -257,18 +271,27 @@ TARGET_BF16 INLINE void add_panel_pairs(float32x4_t *sum, const uint16_t *query,
                                         const uint16_t *keys, int head_dim, const float *weights,
                                         const uint32_t *masks) {
     float32x4_t dot[4][4];
-    UNROLL for (int i = 0; i < 16; i++) dot[i / 4][i % 4] = vdupq_n_f32(0);
+    UNROLL
+    for (int i = 0; i < 16; i++)
+        dot[i / 4][i % 4] = vdupq_n_f32(0);
     for (int d = 0; d < head_dim; d += 4, query += PAIR_PANEL * 4, keys += PAIR_GROUP * 4) {
         uint16x8_t q[4], k[4];
-        UNROLL for (int i = 0; i < 4; i++) q[i] = vld1q_u16(query + i * 8);
-        UNROLL for (int i = 0; i < 4; i++) k[i] = vld1q_u16(keys + i * 8);
-        UNROLL for (int i = 0; i < 16; i++)
+        UNROLL
+        for (int i = 0; i < 4; i++)
+            q[i] = vld1q_u16(query + i * 8);
+        UNROLL
+        for (int i = 0; i < 4; i++)
+            k[i] = vld1q_u16(keys + i * 8);
+        UNROLL
+        for (int i = 0; i < 16; i++)
             dot[i / 4][i % 4] = multiply_pairs(dot[i / 4][i % 4], q[i / 4], k[i % 4]);
     }
-    UNROLL for (int h = 0; h < 4; h++) {
+    UNROLL
+    for (int h = 0; h < 4; h++) {
         float32x4_t weight = vld1q_f32(weights + h * 4);
         uint32x4_t heads = vld1q_u32(masks + h * 4);
-        UNROLL for (int k = 0; k < 4; k++)
+        UNROLL
+        for (int k = 0; k < 4; k++)
             sum[k] = vfmaq_f32(sum[k], relu(dot[h][k], heads), weight);
     }
 }
@@ -279,19 +302,22 @@ TARGET_BF16 static void score_pairs(float *score, const void *packed, int n_head
     float block_score[KEY_BLOCK];
     int n_panels = panels_of(n_heads, PAIR_PANEL), n_blocks = panels_of(run->n_keys, KEY_BLOCK);
     const uint16_t *query = packed;
-    const float *weights = (const float *)(const void *)(query + (size_t)n_panels * PAIR_PANEL *
-                                                                     (size_t)head_dim);
+    const float *weights =
+        (const float *)(const void *)(query + (size_t)n_panels * PAIR_PANEL * (size_t)head_dim);
     const uint32_t *masks = (const uint32_t *)(const void *)(weights + n_panels * PAIR_PANEL * 2);
     for (int block = 0; block < n_blocks; block++) {
         pair_block(keys, run, block, head_dim);
         for (int k = 0; k < KEY_BLOCK; k += PAIR_GROUP) {
             float32x4_t sum[4];
-            UNROLL for (int i = 0; i < 4; i++) sum[i] = vdupq_n_f32(0);
+            UNROLL
+            for (int i = 0; i < 4; i++)
+                sum[i] = vdupq_n_f32(0);
             for (int panel = 0; panel < n_panels; panel++)
                 add_panel_pairs(sum, query + panel * PAIR_PANEL * head_dim, keys + k * head_dim,
                                 head_dim, weights + panel * PAIR_PANEL * 2,
                                 masks + panel * PAIR_PANEL * 2);
-            UNROLL for (int i = 0; i < 4; i++)
+            UNROLL
+            for (int i = 0; i < 4; i++)
                 vst1_f32(block_score + k + i * 2,
                          vadd_f32(vget_low_f32(sum[i]), vget_high_f32(sum[i])));
         }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Lets a kernel have more than 48 KiB of dynamic shared memory, asking the runtime once on a device:
- * each time costs a tenth of a launch.
+ * Lets a kernel have more than 48 KiB of dynamic shared memory, asking the runtime once on a
+ * device: each time costs a tenth of a launch.
  */
 #ifndef LIDX_ALLOW_SHARED_CUH
 #define LIDX_ALLOW_SHARED_CUH

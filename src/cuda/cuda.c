@@ -280,9 +280,9 @@ static void cuda_kernel_info(int index, struct lidx_kernel_info *info) {
         best++;
     info->available = runs_on(kernel, device.compute);
     info->chosen_bf16 = info->chosen_fp16 = index == best;
-    const char *verdict = !info->available  ? "which is not this one"
-                          : index == best   ? "and is this one's best"
-                                            : "and takes what the better ones do not";
+    const char *verdict = !info->available ? "which is not this one"
+                          : index == best  ? "and is this one's best"
+                                           : "and takes what the better ones do not";
     snprintf(reason, sizeof reason, "device %d has compute capability %d.%d; needs %s, %s",
              device_id, device.compute / 10, device.compute % 10, kernel->needs, verdict);
 }

@@ -26,9 +26,9 @@ static __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t 
 }
 
 static __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
-    asm volatile("{\n\t.reg .b64 state;\n\tmbarrier.arrive.shared.b64 state, [%0];\n\t}" ::"r"(
-                     barrier)
-                 : "memory");
+    asm volatile(
+        "{\n\t.reg .b64 state;\n\tmbarrier.arrive.shared.b64 state, [%0];\n\t}" ::"r"(barrier)
+        : "memory");
 }
 
 /* Arrives once all earlier copy_async_16 of this thread have landed. */
@@ -107,14 +107,12 @@ static __device__ __forceinline__ void allow_next_kernel() {
 /* d = a * b + c for a 16 x 16 row-major, b 16 x 8 column-major; fp32 sums. */
 template <typename T>
 static __device__ __forceinline__ void matrix_multiply(float (&d)[4], const uint32_t (&a)[4],
-                                                       const uint32_t (&b)[2],
-                                                       const float (&c)[4]);
+                                                       const uint32_t (&b)[2], const float (&c)[4]);
 
 template <>
-__device__ __forceinline__ void matrix_multiply<__nv_bfloat16>(float (&d)[4],
-                                                               const uint32_t (&a)[4],
-                                                               const uint32_t (&b)[2],
-                                                               const float (&c)[4]) {
+__device__ __forceinline__ void
+matrix_multiply<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                               const float (&c)[4]) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
                  : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])

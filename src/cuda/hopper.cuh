@@ -35,8 +35,7 @@ static __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
 
 /* Arrives and announces `bytes` that TMA will deliver in this phase. */
 static __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                 "r"(bytes)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                  : "memory");
 }
 
@@ -70,8 +69,8 @@ template <enum keep KEEP> static __device__ __forceinline__ uint64_t cache_polic
 
 template <enum keep KEEP>
 static __device__ __forceinline__ void tma_load_4d(uint32_t destination, const CUtensorMap *map,
-                                                   uint32_t barrier, int c0, int c1, int c2,
-                                                   int c3, uint64_t policy) {
+                                                   uint32_t barrier, int c0, int c1, int c2, int c3,
+                                                   uint64_t policy) {
     if (KEEP == KEEP_NORMAL)
         asm volatile(
             "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
@@ -118,10 +117,10 @@ static __device__ __forceinline__ void wgmma_wait() {
 }
 
 /* The operand lists of an accumulator of 32, 64 or 128 registers. */
-#define ACC4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define ACC16(d, i) ACC4(d, i), ACC4(d, i + 4), ACC4(d, i + 8), ACC4(d, i + 12)
-#define ACC32(d, i) ACC16(d, i), ACC16(d, i + 16)
-#define ACC64(d, i) ACC32(d, i), ACC32(d, i + 32)
+#define ACC4(d, i)   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define ACC16(d, i)  ACC4(d, i), ACC4(d, i + 4), ACC4(d, i + 8), ACC4(d, i + 12)
+#define ACC32(d, i)  ACC16(d, i), ACC16(d, i + 16)
+#define ACC64(d, i)  ACC32(d, i), ACC32(d, i + 32)
 #define ACC128(d, i) ACC64(d, i), ACC64(d, i + 64)
 #define NAMES32                                                                                    \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \

@@ -72,9 +72,10 @@ __device__ __forceinline__ void feed(const struct arguments &a, struct shared_me
 }
 
 template <class T, class S>
-__global__ __launch_bounds__(THREADS, 1) void score_sm90(
-    const __grid_constant__ struct arguments a, const __grid_constant__ CUtensorMap query_map,
-    const __grid_constant__ CUtensorMap key_map) {
+__global__ void __launch_bounds__(THREADS, 1)
+    score_sm90(const __grid_constant__ struct arguments a,
+               const __grid_constant__ CUtensorMap query_map,
+               const __grid_constant__ CUtensorMap key_map) {
     extern __shared__ __align__(1024) uint8_t raw[];
     struct shared_memory<S> &s = *(struct shared_memory<S> *)raw;
     long long begin = clock64();
@@ -125,13 +126,12 @@ int encode_map(CUtensorMap *map, const struct problem *p, const void *base, int 
             return cudaErrorNotSupported;
         __atomic_store_n(&found, encode, __ATOMIC_RELAXED);
     }
-    CUresult result = encode(
-        map,
-        p->dtype == DTYPE_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                               : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        rank, (void *)base, sizes, strides, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    CUresult result = encode(map,
+                             p->dtype == DTYPE_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                    : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                             rank, (void *)base, sizes, strides, box, ones,
+                             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -272,7 +272,7 @@ extern "C" int lidx_score_sm90_accepts(const struct problem *p) {
                  p->n_heads == 128;
     bool type = p->dtype == DTYPE_BF16 || p->dtype == DTYPE_FP16;
     int64_t key_outer = p->page_size ? p->n_pages : p->key_packed ? 1 : p->n_batch;
-    /* Without a page there is nothing to map, yet lengths may ask for keys, which are then masked. */
+    /* Without a page there is nothing to map, yet lengths may ask for keys: these are masked. */
     bool pages = !p->page_size || (p->page_size % 16 == 0 && p->n_pages > 0);
     return heads && type && (p->head_dim == 64 || p->head_dim == 128) && pages &&
            (uintptr_t)p->query % 16 == 0 && (uintptr_t)p->key % 16 == 0 &&

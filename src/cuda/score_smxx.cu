@@ -52,10 +52,9 @@
  *
  * N_OCTETS 8 or 4: a query has just so many octets of heads, no pad heads. 0: any number. */
 template <typename T, int D, bool ALIGNED, int N_OCTETS>
-static __device__ __forceinline__ void run_item(const struct slab *s, const struct plan *plan,
-                                                const struct item *item,
-                                                struct shared_state *state, uint32_t ring_address,
-                                                struct ring first, uint32_t used) {
+static __device__ __forceinline__ void
+run_item(const struct slab *s, const struct plan *plan, const struct item *item,
+         struct shared_state *state, uint32_t ring_address, struct ring first, uint32_t used) {
     constexpr uint32_t SLOT_BYTES = SLOT_KEYS * D * 2;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     uint32_t full = smem_address(state->full), empty = smem_address(state->empty);
@@ -74,8 +73,8 @@ static __device__ __forceinline__ void run_item(const struct slab *s, const stru
     while (filled < ahead && filled < n_slots)
         fill_next();
 
-    int n_groups = plan->split ? item->rows * 2
-                               : ((item->rows << plan->head_shift) + GROUP - 1) / GROUP;
+    int n_groups =
+        plan->split ? item->rows * 2 : ((item->rows << plan->head_shift) + GROUP - 1) / GROUP;
     int spread = n_groups > 4 ? 3 : n_groups > 2 ? 2 : n_groups - 1;
     int group = warp & ((1 << spread) - 1), stride = WARPS >> spread;
 
@@ -216,8 +215,8 @@ static cudaError_t launch(const struct slab *s, cudaStream_t stream) {
     int slots = (most - (int)sizeof(struct shared_state)) / SLOT_BYTES;
     if (slots < SLOTS_MIN)
         return cudaErrorInvalidDevice;
-    /* With a multiple of 4 a place of the ring is filled by one warp, or by the two that take turns:
-     * where slots are dealt out no other bounds how far they are apart. */
+    /* With a multiple of 4 a place of the ring is filled by one warp, or by the two that take
+     * turns: where slots are dealt out no other bounds how far they are apart. */
     plan.n_slots = slots < SLOTS_MAX ? slots & ~3 : SLOTS_MAX;
     int bytes = plan.n_slots * SLOT_BYTES + (int)sizeof(struct shared_state);
     static uint64_t allowed; /* see allow_shared */
@@ -260,8 +259,7 @@ static __device__ bool is_bad_length(const int32_t *lengths, int packed, int64_t
 }
 
 /* A block counts what was wrong with every gridDim.x-th batch. */
-__global__ void __launch_bounds__(THREADS)
-    count_kernel(const __grid_constant__ struct problem p) {
+__global__ void __launch_bounds__(THREADS) count_kernel(const __grid_constant__ struct problem p) {
     uint32_t bad = 0;
     for (int64_t b = blockIdx.x; b < p.n_batch; b += gridDim.x) {
         if (threadIdx.x == 0) {

@@ -15,7 +15,7 @@ template <class S>
 __device__ __forceinline__ float lane_sum(const float (&dot)[S::COLUMNS / 2],
                                           const float (&weight)[S::LANE_COLUMNS], int group,
                                           int row) {
-    constexpr int PAIRS = 4 / S::LANES;               /* of chains */
+    constexpr int PAIRS = 4 / S::LANES;              /* of chains */
     constexpr int STEPS = S::HEADS / (2 * S::LANES); /* head pairs of the lane */
     float chain[PAIRS][2];
 #pragma unroll
@@ -129,8 +129,7 @@ __device__ __forceinline__ void load_item(const struct arguments &a,
         item.limit[0] = 0;
     int in_tile = row + (S::LANES == 2 ? 8 * (lane & 1) : S::LANES == 4 ? 8 * (lane >> 1) : 0);
     item.key = s.items[place].key + in_tile;
-    item.scores =
-        a.scores + (s.items[place].scores + in_tile + lane / S::LANES * a.scores_stride);
+    item.scores = a.scores + (s.items[place].scores + in_tile + lane / S::LANES * a.scores_stride);
 }
 
 template <class T, class S>

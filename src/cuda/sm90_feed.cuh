@@ -44,7 +44,7 @@ __device__ __forceinline__ int32_t chunk_size(const struct arguments &a) {
     return (a.batch_end - a.batch_begin + 31) / 32;
 }
 
-/* Prefix sums that fall give rows to several batches, and then there may be any number of places. */
+/* Prefix sums that fall give rows to several batches, and then there is no limit to places. */
 __device__ __forceinline__ uint32_t add_places(uint32_t x, uint32_t y) {
     return x + y < x ? UINT32_MAX : x + y;
 }
@@ -128,8 +128,8 @@ template <class S, bool ONE_ITEM>
 __device__ __forceinline__ struct walk find_run(const struct arguments &a,
                                                 const struct shared_memory<S> &s) {
     int32_t size = chunk_size(a), lane = threadIdx.x & 31;
-    uint32_t x = !ONE_ITEM && size > LANE_BATCHES ? s.chunks[lane]
-                                                  : places_of_chunk<ONE_ITEM>(a, size);
+    uint32_t x =
+        !ONE_ITEM && size > LANE_BATCHES ? s.chunks[lane] : places_of_chunk<ONE_ITEM>(a, size);
     uint32_t upto = warp_scan(x), total = __shfl_sync(0xffffffffu, upto, 31);
     if (total > most_places<S>(a))
         total = 0;
@@ -211,10 +211,9 @@ __device__ __forceinline__ void load_query(const struct arguments &a, struct sha
     barrier_expect(full, S::QUERY_BYTES);
     for (int half = 0; half < S::HALVES; half++)
         for (int group = 0; group < S::GROUPS; group++)
-            tma_load_5d(smem_address(s.query[place]) +
-                            (half * S::COLUMNS + group * S::GROUP_ROWS) * 128,
-                        map, full, half * 64, 0, w.part.query_begin + w.query + 4 * group, 0,
-                        batch);
+            tma_load_5d(
+                smem_address(s.query[place]) + (half * S::COLUMNS + group * S::GROUP_ROWS) * 128,
+                map, full, half * 64, 0, w.part.query_begin + w.query + 4 * group, 0, batch);
 }
 
 /* Which page of its batch holds a key. Division takes long at the head of a decode launch. */
@@ -246,8 +245,8 @@ __device__ __forceinline__ int32_t load_page(const struct arguments &a, const st
     int64_t key = (int64_t)(piece + (threadIdx.x & 31)) << a.piece_shift;
     if (key >= w.part.n_key || key >= (int64_t)w.end << TILE_SHIFT)
         return -1;
-    const void *table = (const unsigned char *)a.p.page_table +
-                        w.next.batch * a.p.page_table_stride;
+    const void *table =
+        (const unsigned char *)a.p.page_table + w.next.batch * a.p.page_table_stride;
     return ((const int32_t *)table)[page_of_key<S>(a, (int32_t)key)];
 }
 
@@ -280,9 +279,8 @@ template <int PIECES> __device__ __forceinline__ uint32_t spread_mask(uint32_t b
 
 template <class S>
 __device__ __forceinline__ void load_dense_keys(const struct arguments &a,
-                                                struct shared_memory<S> &s,
-                                                const CUtensorMap *map, const struct walk &w,
-                                                struct ring &keys) {
+                                                struct shared_memory<S> &s, const CUtensorMap *map,
+                                                const struct walk &w, struct ring &keys) {
     int32_t batch = a.p.key_packed ? 0 : w.next.batch;
     int32_t row = w.part.key_begin + w.begin * TILE_KEYS;
     uint64_t policy = cache_policy<S::KEEP_KEYS>();
@@ -291,8 +289,8 @@ __device__ __forceinline__ void load_dense_keys(const struct arguments &a,
         barrier_wait(smem_address(&s.key_empty[keys.place]), keys.phase ^ 1);
         if (elect_one()) {
             barrier_expect(full, S::KEY_BYTES);
-            tma_load_4d<S::KEEP_KEYS>(smem_address(s.key[keys.place]), map, full, 0, row, 0,
-                                      batch, policy);
+            tma_load_4d<S::KEEP_KEYS>(smem_address(s.key[keys.place]), map, full, 0, row, 0, batch,
+                                      policy);
         }
         __syncwarp();
         ring_step<S::STAGES, 1>(keys);
@@ -306,10 +304,9 @@ __device__ __forceinline__ int32_t first_piece(const struct arguments &a, const 
 /* PIECES of a tile; a page id and a row for each. One lane issues all boxes of a tile at once.
  * `next` is the lane's page of the item's first 32 pieces. */
 template <class S, int PIECES>
-__device__ __forceinline__ void load_paged_keys(const struct arguments &a,
-                                                struct shared_memory<S> &s,
-                                                const CUtensorMap *map, const struct walk &w,
-                                                struct ring &keys, int32_t next) {
+__device__ __forceinline__ void
+load_paged_keys(const struct arguments &a, struct shared_memory<S> &s, const CUtensorMap *map,
+                const struct walk &w, struct ring &keys, int32_t next) {
     constexpr int BOXES = PIECES == 1 ? 1 : S::HALVES; /* of a piece */
     uint64_t policy = cache_policy<S::KEEP_KEYS>();
     struct pages pages;

@@ -49,7 +49,7 @@ template <int HEADS_, int DIM_, int COLUMNS_> struct shape {
     static constexpr int CONSUMER_REGISTERS = COLUMNS == 256 ? 216 : 208;
     static constexpr int PRODUCER_REGISTERS = COLUMNS == 256 ? 72 : 88;
     /* Decode reads keys once and writes few scores: L2 then has room for all of these until the
-     * selection reads them, if keys do not drive them out. Prefill reads its keys again and again. */
+     * selection reads them, if keys do not drive them out. Prefill reads its keys many times. */
     static constexpr enum keep KEEP_KEYS = COLUMNS == 256 ? KEEP_NORMAL : KEEP_SHORT;
     static constexpr bool DECODE = COLUMNS < 256;
     static constexpr int CHARGE = COLUMNS == 256 ? 2 : COLUMNS / 64;

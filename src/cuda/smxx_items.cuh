@@ -14,14 +14,14 @@ enum {
     WARPS = 8,
     THREADS = 32 * WARPS,
     SLOT_KEYS = 32,
-    GROUP = 64,            /* heads of a warp */
+    GROUP = 64, /* heads of a warp */
     OCTETS = GROUP / 8,
     HEAD_TILES = GROUP / 16,
     KEY_TILES = SLOT_KEYS / 8,
     SLOTS_MAX = 24,
     SLOTS_MIN = 12,
-    SLOT_SLACK = WARPS,    /* slots not filled ahead: how far apart warps may be */
-    SWITCH_CHARGE = 2,     /* tiles of 64 keys that changing queries costs */
+    SLOT_SLACK = WARPS, /* slots not filled ahead: how far apart warps may be */
+    SWITCH_CHARGE = 2,  /* tiles of 64 keys that changing queries costs */
     PAGE_SHIFT = 36,
     BARRIER_SPLIT = 1, /* named barriers 1 to 4: the halves of a query */
     BARRIER_TURN = 5,  /* 5 to 12: a warp's turn at the products */
@@ -33,9 +33,9 @@ struct plan {
     struct line line;
     uint64_t page_magic; /* key / page_size = (key / 16 * page_magic) >> PAGE_SHIFT */
     uint32_t n_slots;
-    int32_t head_shift;  /* log2 of a query's heads, padded, up to 6 */
-    int32_t split;       /* a query has two groups of 64 heads */
-    uint32_t zero;       /* 0, which the compiler does not know: see load_heads */
+    int32_t head_shift; /* log2 of a query's heads, padded, up to 6 */
+    int32_t split;      /* a query has two groups of 64 heads */
+    uint32_t zero;      /* 0, which the compiler does not know: see load_heads */
 };
 
 /* One item, as every thread of the block sees it. */
@@ -44,22 +44,22 @@ struct item {
     const int32_t *table;      /* the batch's pages */
     const unsigned char *query;
     const unsigned char *weights;
-    float *out;            /* row of the first query, key 0 */
-    int32_t rows;          /* queries */
-    int32_t visible;       /* keys that the first query sees; may be negative */
-    int32_t visible_step;  /* how many more each next one sees */
-    int32_t last_visible;  /* what the last query sees: keys beyond are not touched */
+    float *out;           /* row of the first query, key 0 */
+    int32_t rows;         /* queries */
+    int32_t visible;      /* keys that the first query sees; may be negative */
+    int32_t visible_step; /* how many more each next one sees */
+    int32_t last_visible; /* what the last query sees: keys beyond are not touched */
     int32_t slot_begin;
     int32_t slot_end;
 };
 
 /* Where a warp's scores go. */
 struct sink {
-    float *out;            /* row of the group's first query, key 0 */
+    float *out; /* row of the group's first query, key 0 */
     int64_t row_stride;
-    int32_t rows;          /* queries of the group that exist */
-    int32_t visible;       /* keys that its first query sees; may be negative */
-    int32_t visible_step;  /* how many more each next one sees */
+    int32_t rows;         /* queries of the group that exist */
+    int32_t visible;      /* keys that its first query sees; may be negative */
+    int32_t visible_step; /* how many more each next one sees */
 };
 
 /* A warp's way along its block's run: where the next item begins, once it is known which. */
@@ -155,11 +155,9 @@ static __device__ void find_run(const struct problem *p, const struct line *line
     __syncthreads();
 }
 
-static __device__ __forceinline__ struct item make_item(const struct slab *s,
-                                                        const struct line *line,
-                                                        const struct batch_part *part,
-                                                        int64_t batch, int32_t number,
-                                                        int32_t tile_begin, int32_t tile_end) {
+static __device__ __forceinline__ struct item
+make_item(const struct slab *s, const struct line *line, const struct batch_part *part,
+          int64_t batch, int32_t number, int32_t tile_begin, int32_t tile_end) {
     const struct problem *p = &s->p;
     int32_t first = part->first + (number << line->block_shift);
     int32_t left = part->last - first, most = 1 << line->block_shift;

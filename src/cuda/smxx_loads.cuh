@@ -136,8 +136,7 @@ static __device__ __forceinline__ uint32_t load_weights(const struct slab *s,
         if (head < s->p.n_heads) {
             heads |= 1u << o;
             if (query < item->rows)
-                w[o] = load_weight(item->weights, query * s->p.n_heads + head,
-                                   s->p.weights_dtype);
+                w[o] = load_weight(item->weights, query * s->p.n_heads + head, s->p.weights_dtype);
         }
     }
     return heads;

@@ -43,10 +43,9 @@ static __device__ __forceinline__ void multiply_step(float (&sums)[HEAD_TILES][2
  * lane % 4 * 2 + {0, 1}. `before` is called when the first keys have been read, `late` before the
  * last products. */
 template <typename T, int D, typename Before, typename Late>
-static __device__ __forceinline__ void multiply_half(float (&sums)[HEAD_TILES][2][4],
-                                                     const uint32_t (&a)[HEAD_TILES][D / 16][4],
-                                                     uint32_t slot_address, int half,
-                                                     Before before, Late late) {
+static __device__ __forceinline__ void
+multiply_half(float (&sums)[HEAD_TILES][2][4], const uint32_t (&a)[HEAD_TILES][D / 16][4],
+              uint32_t slot_address, int half, Before before, Late late) {
     key_reader<D> keys(slot_address, half);
 #pragma unroll
     for (int t = 0; t < D / 32; t++) {
@@ -97,18 +96,19 @@ static __device__ __forceinline__ void give_turn(void) {
 /* A slot's products, in this warp's turn. The turn is over with some left to issue, which take
  * about as long as the other warp needs to begin. */
 template <typename T, int D, bool THRIFTY>
-static __device__ __forceinline__ void multiply_slot(float (&left)[HEAD_TILES][2][4],
-                                                     float (&right)[HEAD_TILES][2][4],
-                                                     const uint32_t (&a)[HEAD_TILES][D / 16][4],
-                                                     uint32_t slot_address) {
+static __device__ __forceinline__ void
+multiply_slot(float (&left)[HEAD_TILES][2][4], float (&right)[HEAD_TILES][2][4],
+              const uint32_t (&a)[HEAD_TILES][D / 16][4], uint32_t slot_address) {
     if (THRIFTY) {
         await_turn();
         multiply_half<T, D>(left, a, slot_address, 0);
         multiply_half<T, D>(right, a, slot_address, 1);
         give_turn();
     } else {
-        multiply_half<T, D>(left, a, slot_address, 0, [&] { await_turn(); }, [] {});
-        multiply_half<T, D>(right, a, slot_address, 1, [] {}, [&] { give_turn(); });
+        multiply_half<T, D>(
+            left, a, slot_address, 0, [&] { await_turn(); }, [] {});
+        multiply_half<T, D>(
+            right, a, slot_address, 1, [] {}, [&] { give_turn(); });
     }
 }
 
@@ -117,10 +117,9 @@ static __device__ __forceinline__ void multiply_slot(float (&left)[HEAD_TILES][2
  * the thread's head in octet o exists. The product of a pad head is not always 0, since 0 * inf is
  * NaN. */
 template <int N_OCTETS, bool PADDED>
-static __device__ __forceinline__ void add_heads(float (&part)[OCTETS / N_OCTETS][8],
-                                                 const float (&sums)[HEAD_TILES][2][4], int half,
-                                                 const float (&w)[OCTETS], uint32_t heads,
-                                                 int first, int last) {
+static __device__ __forceinline__ void
+add_heads(float (&part)[OCTETS / N_OCTETS][8], const float (&sums)[HEAD_TILES][2][4], int half,
+          const float (&w)[OCTETS], uint32_t heads, int first, int last) {
 #pragma unroll
     for (int o = first; o < last; o++)
 #pragma unroll
@@ -135,8 +134,7 @@ static __device__ __forceinline__ void add_heads(float (&part)[OCTETS / N_OCTETS
 
 /* One step of sum_over_threads: lanes that differ in bit `distance` share N sums out between them,
  * the one without the bit keeping the first half. */
-template <int N>
-static __device__ __forceinline__ void share_out(float (&part)[8], int distance) {
+template <int N> static __device__ __forceinline__ void share_out(float (&part)[8], int distance) {
     bool second = threadIdx.x & distance;
 #pragma unroll
     for (int i = 0; i < N / 2; i++) {
@@ -198,11 +196,9 @@ static __device__ __forceinline__ void store_scores(float (&part)[OCTETS / N_OCT
 }
 
 template <int N_OCTETS>
-static __device__ __forceinline__ void store_slot(const struct plan *plan,
-                                                  struct shared_state *state,
-                                                  float (&part)[OCTETS / N_OCTETS][8],
-                                                  const struct sink *sink,
-                                                  struct lane_target target, int turn) {
+static __device__ __forceinline__ void
+store_slot(const struct plan *plan, struct shared_state *state, float (&part)[OCTETS / N_OCTETS][8],
+           const struct sink *sink, struct lane_target target, int turn) {
     if (N_OCTETS == OCTETS && plan->split)
         store_split(state, sink, target, sum_over_threads(part[0]), turn);
     else
@@ -211,13 +207,11 @@ static __device__ __forceinline__ void store_slot(const struct plan *plan,
 
 /* A slot's products, both halves, to scores. */
 template <int N_OCTETS, bool PADDED>
-static __device__ __forceinline__ void sum_slot_of(const struct plan *plan,
-                                                   struct shared_state *state,
-                                                   const float (&left)[HEAD_TILES][2][4],
-                                                   const float (&right)[HEAD_TILES][2][4],
-                                                   const float (&w)[OCTETS], uint32_t heads,
-                                                   const struct sink *sink,
-                                                   struct lane_target target, int turn) {
+static __device__ __forceinline__ void
+sum_slot_of(const struct plan *plan, struct shared_state *state,
+            const float (&left)[HEAD_TILES][2][4], const float (&right)[HEAD_TILES][2][4],
+            const float (&w)[OCTETS], uint32_t heads, const struct sink *sink,
+            struct lane_target target, int turn) {
     float part[OCTETS / N_OCTETS][8];
     add_heads<N_OCTETS, PADDED>(part, left, 0, w, heads, 0, OCTETS);
     add_heads<N_OCTETS, PADDED>(part, right, 1, w, heads, 0, OCTETS);
@@ -225,13 +219,10 @@ static __device__ __forceinline__ void sum_slot_of(const struct plan *plan,
 }
 
 template <bool PADDED>
-static __device__ __forceinline__ void sum_slot(const struct plan *plan,
-                                                struct shared_state *state,
-                                                const float (&left)[HEAD_TILES][2][4],
-                                                const float (&right)[HEAD_TILES][2][4],
-                                                const float (&w)[OCTETS], uint32_t heads,
-                                                const struct sink *sink,
-                                                struct lane_target target, int turn) {
+static __device__ __forceinline__ void
+sum_slot(const struct plan *plan, struct shared_state *state, const float (&left)[HEAD_TILES][2][4],
+         const float (&right)[HEAD_TILES][2][4], const float (&w)[OCTETS], uint32_t heads,
+         const struct sink *sink, struct lane_target target, int turn) {
     if (plan->head_shift == 6)
         sum_slot_of<8, PADDED>(plan, state, left, right, w, heads, sink, target, turn);
     else if (plan->head_shift == 5)
@@ -242,9 +233,8 @@ static __device__ __forceinline__ void sum_slot(const struct plan *plan,
         sum_slot_of<1, PADDED>(plan, state, left, right, w, heads, sink, target, turn);
 }
 
-static __device__ __forceinline__ struct sink make_sink(const struct slab *s,
-                                                        const struct plan *plan,
-                                                        const struct item *item, int group) {
+static __device__ __forceinline__ struct sink
+make_sink(const struct slab *s, const struct plan *plan, const struct item *item, int group) {
     int first, head;
     head_place(plan, group, 0, &first, &head);
     struct sink sink;
