@@ -70,15 +70,16 @@ static uint32_t to_bits(float x) {
 }
 
 static const char *const data_names[] = {
-    "normal", "x1e-8",   "heavy",    "+100",   "relu84",  "relu99",    "equal",
-    "rising", "falling", "late",     "levels", "ulps",    "outliers",  "nan",
-    "masked", "mixed",   "negative", "zeros",  "periodic", "spikes",   "anybits",
-    "steps",  "tight",   "crowd",    "share"};
+    "normal",   "x1e-8",  "heavy",   "+100",     "relu84", "relu99", "equal", "rising",   "falling",
+    "late",     "levels", "ulps",    "outliers", "nan",    "masked", "mixed", "negative", "zeros",
+    "periodic", "spikes", "anybits", "steps",    "tight",  "crowd",  "share"};
 enum { DATA_KINDS = sizeof data_names / sizeof *data_names };
 
 /* Score of key j among n. */
 static float datum(int kind, uint64_t seed, int64_t j, int64_t n) {
     float x = normal(seed + j);
+    /* A line for each kind. */
+    /* clang-format off */
     switch (kind) {
     case 1: return x * 1e-8f;
     case 2: return copysignf(powf(10, 15 * fabsf(x) - 30), x);
@@ -118,6 +119,7 @@ static float datum(int kind, uint64_t seed, int64_t j, int64_t n) {
         return j % 256 < 32 && j / 256 * 32 + j % 32 < 513 ? 1 + 1e-6f * (float)j : -1 - fabsf(x);
     default: return x;
     }
+    /* clang-format on */
 }
 
 /* ---- host reference -------------------------------------------------------------------------- */
@@ -398,16 +400,19 @@ static void run_case(const struct test_case &c, int launches) {
 static void check_lengths(const std::vector<int32_t> &lengths, int64_t n_key, int top_k,
                           int32_t n_sm, int launches) {
     for (int kind = 0; kind < DATA_KINDS; kind++) {
+        /* clang-format off */
         struct test_case c = {kind, {}, lengths, (int64_t)lengths.size(), 1, n_key, 0, 0, top_k,
                               kind % DTYPE_COUNT, n_sm, 0, 0};
+        /* clang-format on */
         run_case(c, launches);
     }
 }
 
 static void check_layouts(int32_t n_sm) {
     /* Packed queries, an empty batch, rows past the last prefix, short and long batches. */
-    struct test_case packed = {0, {3, 3, 10, 17}, {9000, 9100, 9100, 12000}, 4, 20, 12000, 1, 3, 64,
-                               DTYPE_F32, n_sm, 0, 0};
+    struct test_case packed = {
+        0, {3, 3, 10, 17}, {9000, 9100, 9100, 12000}, 4, 20, 12000, 1, 3, 64, DTYPE_F32, n_sm, 0,
+        0};
     run_case(packed, 2);
     packed.slab_rows = 7;
     packed.mode = 0;
@@ -417,8 +422,8 @@ static void check_layouts(int32_t n_sm) {
     packed.hostile = 1;
     run_case(packed, 2);
     /* Not packed: rows past their length, a causal edge, more queries than keys. */
-    struct test_case plain = {4, {4, 0, 9, 100}, {30, 5000, 4, 9000}, 4, 9, 9000, 0, 3, 300,
-                              DTYPE_BF16, n_sm, 5, 0};
+    struct test_case plain = {
+        4, {4, 0, 9, 100}, {30, 5000, 4, 9000}, 4, 9, 9000, 0, 3, 300, DTYPE_BF16, n_sm, 5, 0};
     run_case(plain, 2);
     plain.query_lengths = {};
     plain.key_lengths = {};
@@ -514,8 +519,8 @@ static void check_small(void) {
     check_row(6, 20000, 8200, 2048);
     check_row(21, 20000, 9000, 2048);
     check_row(22, 70000, 9000, 2048);
-    struct test_case uneven = {4, {}, {3000, 0, 9000}, 3, 1, 9000, 0, 0, 2048, DTYPE_BF16, 4096, 0,
-                               0};
+    struct test_case uneven = {4, {},   {3000, 0, 9000}, 3,    1, 9000, 0,
+                               0, 2048, DTYPE_BF16,      4096, 0, 0};
     run_case(uneven, 1);
     check_row(0, 8192, 3000, 2048); /* 32 blocks: even, and a last part that ends too early */
     check_row(11, 3000, 2500, 2048);
@@ -536,6 +541,8 @@ static __global__ void fill(float *score, int64_t n, int64_t stride, int kind) {
         float u = ((uint32_t)a + 0.5f) * 2.3283064e-10f, v = (uint32_t)(a >> 32) * 2.3283064e-10f;
         float x = sqrtf(-2 * logf(u * 0.99999f + 1e-10f)) * cosf(6.2831853f * v);
         int64_t j = i % stride;
+        /* A line for each kind. */
+        /* clang-format off */
         switch (kind) {
         case 3: x += 100; break;
         case 4: x = x > 1 ? x - 1 : 0; break;
@@ -550,6 +557,7 @@ static __global__ void fill(float *score, int64_t n, int64_t stride, int kind) {
         case 19: x = a % 3 ? 1.0f : 1 + 1e-3f * x; break;
         default: break;
         }
+        /* clang-format on */
         score[i] = x;
     }
 }
@@ -616,10 +624,10 @@ static void time_all(int32_t n_sm) {
     static const struct {
         int64_t rows, n_key;
         double goal;
-    } shapes[] = {{2048, 8192, 60},  {8192, 8192, 176}, {2048, 65536, 273}, {1, 8192, 9},
-                  {1, 131072, 15},   {8, 65536, 16},    {64, 65536, 25},    {128, 65536, 30},
-                  {64, 8192, 10},    {256, 16384, 24},  {16, 65536, 0},     {32, 65536, 0},
-                  {1, 1048576, 0},   {1024, 131072, 240}};
+    } shapes[] = {{2048, 8192, 60}, {8192, 8192, 176},  {2048, 65536, 273}, {1, 8192, 9},
+                  {1, 131072, 15},  {8, 65536, 16},     {64, 65536, 25},    {128, 65536, 30},
+                  {64, 8192, 10},   {256, 16384, 24},   {16, 65536, 0},     {32, 65536, 0},
+                  {1, 1048576, 0},  {1024, 131072, 240}};
     for (auto &x : shapes)
         printf("%5lld x %-7lld %7.1f us (goal %.0f), with values %.1f, first slab %.1f\n",
                (long long)x.rows, (long long)x.n_key,

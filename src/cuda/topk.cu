@@ -35,7 +35,7 @@
 /* One block, one row. Causal rows grow, so the last comes first. */
 template <class Z, int PER_SM>
 static __global__ void __launch_bounds__(Z::THREADS, PER_SM)
-row_kernel(const __grid_constant__ struct launch l) {
+    row_kernel(const __grid_constant__ struct launch l) {
     struct shared<Z> *s = shared_memory<Z>();
     const struct problem *p = &l.slab.p;
     begin_row(s, &l.slab, l.slab.row_end - 1 - blockIdx.x);
@@ -51,8 +51,8 @@ row_kernel(const __grid_constant__ struct launch l) {
  * scores of each thread have been read ahead. */
 template <class Z>
 static __device__ __forceinline__ void filter_part(struct shared<Z> *s, uint64_t *region,
-                                                   const float *score, uint32_t begin,
-                                                   uint32_t end, float4 x, float threshold) {
+                                                   const float *score, uint32_t begin, uint32_t end,
+                                                   float4 x, float threshold) {
     for (uint32_t b = begin; b < end; b += 4 * Z::THREADS) {
         uint32_t i = b + 4 * threadIdx.x;
         if (b != begin)
@@ -136,7 +136,7 @@ static __device__ __forceinline__ void gather(struct shared<Z> *s, const uint64_
  * word; the last to arrive, whichever it is, orders what all have found. Nobody waits. */
 template <class Z>
 static __global__ void __launch_bounds__(Z::THREADS, 1)
-split_kernel(const __grid_constant__ struct launch l) {
+    split_kernel(const __grid_constant__ struct launch l) {
     struct shared<Z> *s = shared_memory<Z>();
     const struct problem *p = &l.slab.p;
     uint32_t number = blockIdx.x / l.blocks, block = blockIdx.x % l.blocks;

@@ -37,23 +37,23 @@ template <class Z> struct shared {
     uint64_t list[Z::LIST];
     uint32_t counter[Z::WORDS];
     union {
-        uint32_t hist[BINS];       /* counts, then sums or a table, see scan_hist */
-        uint16_t base[Z::WORDS];   /* members of the buckets of earlier words */
+        uint32_t hist[BINS];     /* counts, then sums or a table, see scan_hist */
+        uint16_t base[Z::WORDS]; /* members of the buckets of earlier words */
     };
     uint32_t warp_sum[2][LANES];
     uint32_t n_list;
     uint32_t crowded;
-    uint32_t total;                /* of the histogram */
-    uint32_t bin, before, count;   /* where the wanted rank lies */
-    uint32_t prefix, better;       /* of the digits so far: what they are, keys before them */
-    uint32_t last_low;             /* smallest key of the last bin's candidates, or less */
-    uint32_t last_high;            /* no candidate's key is larger; 0: no bin is special */
-    uint32_t n_tied;               /* ordered already, to follow the list */
+    uint32_t total;              /* of the histogram */
+    uint32_t bin, before, count; /* where the wanted rank lies */
+    uint32_t prefix, better;     /* of the digits so far: what they are, keys before them */
+    uint32_t last_low;           /* smallest key of the last bin's candidates, or less */
+    uint32_t last_high;          /* no candidate's key is larger; 0: no bin is special */
+    uint32_t n_tied;             /* ordered already, to follow the list */
     uint32_t flag;
     struct row row;
 };
 
-template <class Z> static __device__ __forceinline__ struct shared<Z> *shared_memory(void) {
+template <class Z> static __device__ __forceinline__ shared<Z> *shared_memory(void) {
     extern __shared__ uint4 dynamic_shared[];
     return (struct shared<Z> *)dynamic_shared;
 }

@@ -180,7 +180,7 @@ template <class Z> static __device__ __noinline__ bool feed_uneven(void) {
 
 template <class Z, int GROUPS>
 static __global__ void __launch_bounds__(Z::THREADS, 1)
-cluster_kernel(const __grid_constant__ struct launch l) {
+    cluster_kernel(const __grid_constant__ struct launch l) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     struct shared<Z> *s = shared_memory<Z>();
     struct cluster_shared<Z> *c = (struct cluster_shared<Z> *)s;

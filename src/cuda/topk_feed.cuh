@@ -355,8 +355,8 @@ static __device__ __forceinline__ uint32_t reach(float4 x, float threshold) {
            (x.w >= threshold) << 3;
 }
 
-static __device__ __forceinline__ void append(uint64_t *list, uint32_t *at, uint32_t mask,
-                                              float x, uint32_t position) {
+static __device__ __forceinline__ void append(uint64_t *list, uint32_t *at, uint32_t mask, float x,
+                                              uint32_t position) {
     if (mask)
         list[(*at)++] = pair(__float_as_uint(x), position);
 }

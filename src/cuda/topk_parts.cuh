@@ -106,7 +106,7 @@ static __device__ __forceinline__ void write_part(const struct shared<Z> *s, uin
  * block orders the whole row and writes of it what would have been its part. */
 template <class Z>
 static __global__ void __launch_bounds__(Z::THREADS, 1)
-part_kernel(const __grid_constant__ struct launch l) {
+    part_kernel(const __grid_constant__ struct launch l) {
     const uint32_t KEYS = SHORT / Z::THREADS;
     struct shared<Z> *s = shared_memory<Z>();
     struct part_shared<Z> *c = (struct part_shared<Z> *)s;

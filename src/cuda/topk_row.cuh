@@ -53,8 +53,8 @@ static __device__ __forceinline__ struct row find_row(const struct slab *s, int6
     r.indices = (int32_t *)((char *)p->indices + out * p->indices_batch_stride) + slot * p->top_k;
     r.values = (char *)p->values;
     if (r.values)
-        r.values += out * p->values_batch_stride +
-                    slot * p->top_k * (p->values_dtype == DTYPE_F32 ? 4 : 2);
+        r.values +=
+            out * p->values_batch_stride + slot * p->top_k * (p->values_dtype == DTYPE_F32 ? 4 : 2);
     r.n = (uint32_t)visible;
     r.top_k = (uint32_t)p->top_k;
     return r;

@@ -23,6 +23,9 @@
 
 #include <ucontext.h>
 
+/* Much of what follows is a list of CUDA's functions, a line each. */
+/* clang-format off */
+
 #define __device__
 #define __global__
 #define __host__
