@@ -156,6 +156,33 @@ static void check_stream(const struct input *in, int k, const struct topk_loops 
     guard_free(&memory);
 }
 
+/* As many scores wait as there is room for, and of the few best a sample of 256 sees each: it tells
+ * of more than there are, and then all are taken, which lie close behind what is made of them. */
+static void check_misled(const struct topk_loops *loops, const char *loops_name) {
+    static const int ks[] = {100, 340, 846, 2048};
+    for (int c = 0; c < 4; c++) {
+        int k = ks[c], n = lidx_topk_capacity(k) - 2 * TOPK_SLACK;
+        struct input in = {.score = malloc(sizeof *in.score * (size_t)n), .n = n};
+        struct guard memory = entries(k);
+        struct topk t;
+        char what[96];
+        snprintf(what, sizeof what, "misled, %s loops, k %d", loops_name, k);
+        for (int i = 0; i < n; i++)
+            in.score[i] = i % (n / 256) == 0 ? 1.0f : 0.0f;
+        in.order = sorted(in.score, n, 0);
+        lidx_topk_reset(&t, k, (uint64_t *)(void *)memory.data, loops);
+        float *room = lidx_topk_reserve(&t, n, 0);
+        if (CHECK(room, "%s: no room for %d scores", what, n)) {
+            memcpy(room, in.score, sizeof *room * (size_t)n);
+            lidx_topk_sort(&t);
+            check_answer(&t, &in, k, what);
+        }
+        guard_free(&memory);
+        free(in.score);
+        free(in.order);
+    }
+}
+
 /* The stream in pieces, each sorted alone, merged in any order. */
 static void check_merge(const struct input *in, int k, const struct topk_loops *loops,
                         struct rng *rng, const char *what) {
@@ -294,6 +321,8 @@ static void run_case(long number, const struct topk_loops *loops, const char *lo
     check_add(&in, k, loops, &rng, what);
     free(in.score);
     free(in.order);
+    if (number == 0)
+        check_misled(loops, loops_name);
 }
 
 int main(void) {
