@@ -50,7 +50,8 @@ __device__ __forceinline__ void feed(const struct arguments &a, struct shared_me
                                      const CUtensorMap *query_map, const CUtensorMap *key_map) {
     int warp = threadIdx.x / 32 % 4; /* by a shuffle it would cost prefill 4 percent */
     if (warp < 2) {
-        struct walk w = S::DECODE && a.one_item ? find_item_run<S>(a) : find_run<S>(a, s);
+        struct walk w =
+            S::DECODE && a.one_item ? find_run<S, S::DECODE>(a, s) : find_run<S, false>(a, s);
         named_barrier(BARRIER_FEED, 3 * 32);
         if (warp == 0)
             feed_tensors<S>(a, s, query_map, key_map, w);

@@ -18,10 +18,23 @@ namespace {
 
 enum { LANE_BATCHES = 8 }; /* batches of a chunk that a lane may sum up by itself */
 
+/* part_of_batch where the batch is one item at most, and whole in the slab. */
+__device__ __forceinline__ struct batch_part whole_batch(const struct arguments &a, int32_t batch) {
+    int32_t begin, n_query, n_key;
+    segment32(a.p.query_lengths, 0, (int32_t)a.p.n_query, batch, &begin, &n_query);
+    segment32(a.p.key_lengths, 0, (int32_t)a.p.n_key, batch, &begin, &n_key);
+    return {0, 0, n_query, n_key, 0, n_query, n_query > 0 && n_key > 0};
+}
+
+template <bool ONE_ITEM>
 __device__ __forceinline__ uint32_t places_of_batch(const struct arguments &a, int32_t batch,
                                                     int32_t end) {
     if (batch >= end)
         return 0;
+    if (ONE_ITEM) {
+        struct batch_part whole = whole_batch(a, batch);
+        return whole.n_items ? (uint32_t)item_places(&a.p, &a.line, &whole, 0) : 0;
+    }
     struct batch_part part = part_of_batch(&a.p, &a.line, batch);
     return (uint32_t)places_before(&a.p, &a.line, &part, part.n_items);
 }
@@ -52,12 +65,13 @@ template <class S> __device__ __forceinline__ uint32_t most_places(const struct 
 }
 
 /* The places of each chunk, one to a lane. The lengths of a chunk share a sector or two. */
+template <bool ONE_ITEM>
 __device__ __forceinline__ uint32_t places_of_chunk(const struct arguments &a, int32_t size) {
     int32_t first = a.batch_begin + (threadIdx.x & 31) * size;
     uint32_t sum = 0;
 #pragma unroll 1
     for (int32_t i = 0; i < size; i++)
-        sum = add_places(sum, places_of_batch(a, first + i, a.batch_end));
+        sum = add_places(sum, places_of_batch<ONE_ITEM>(a, first + i, a.batch_end));
     return sum;
 }
 
@@ -70,7 +84,7 @@ __device__ __forceinline__ void sum_chunks(const struct arguments &a, struct sha
         int32_t end = begin + size < a.batch_end ? begin + size : a.batch_end;
         uint32_t sum = 0;
         for (int32_t b = begin + lane; b < end; b += 32)
-            sum = add_places(sum, places_of_batch(a, b, end));
+            sum = add_places(sum, places_of_batch<false>(a, b, end));
         sum = warp_scan(sum);
         if (lane == 31)
             s.chunks[chunk] = sum;
@@ -108,12 +122,14 @@ struct walk {
     int32_t end;
 };
 
-/* Finds the CTA's run on the line: the chunk of its first place, the batch, the item. */
-template <class S>
+/* Finds the CTA's run on the line: the chunk of its first place, the batch, the item. With ONE_ITEM
+ * (arguments.one_item) the same with a fraction of the instructions. */
+template <class S, bool ONE_ITEM>
 __device__ __forceinline__ struct walk find_run(const struct arguments &a,
                                                 const struct shared_memory<S> &s) {
     int32_t size = chunk_size(a), lane = threadIdx.x & 31;
-    uint32_t x = size > LANE_BATCHES ? s.chunks[lane] : places_of_chunk(a, size);
+    uint32_t x =
+        !ONE_ITEM && size > LANE_BATCHES ? s.chunks[lane] : places_of_chunk<ONE_ITEM>(a, size);
     uint32_t upto = warp_scan(x), total = __shfl_sync(0xffffffffu, upto, 31);
     if (total > most_places<S>(a))
         total = 0;
@@ -127,7 +143,7 @@ __device__ __forceinline__ struct walk find_run(const struct arguments &a,
     if (size > 1) {
         int32_t end = batch + size < a.batch_end ? batch + size : a.batch_end;
         for (;; batch += 32) {
-            x = places_of_batch(a, batch + lane, end);
+            x = places_of_batch<ONE_ITEM>(a, batch + lane, end);
             upto = warp_scan(x);
             total = __shfl_sync(0xffffffffu, upto, 31);
             if (place < total)
@@ -136,60 +152,15 @@ __device__ __forceinline__ struct walk find_run(const struct arguments &a,
         }
         batch += lane_of_place(x, upto, &place);
     }
+    if (ONE_ITEM) {
+        w.part = whole_batch(a, batch);
+        w.next = {batch, 0, -(int32_t)place, span};
+        return w;
+    }
     w.part = part_of_batch(&a.p, &a.line, batch);
     int32_t item = warp_item_at(a, w.part, (int32_t)place);
     int32_t at = (int32_t)places_before(&a.p, &a.line, &w.part, item) - (int32_t)place;
     w.next = {batch, item, at, span};
-    return w;
-}
-
-/* A batch that is one item at most, and whole in the slab: what find_item_run needs of it. */
-struct whole_batch {
-    int32_t n_query;
-    int32_t n_key;
-    uint32_t places;
-};
-
-__device__ __forceinline__ struct batch_part part_of_whole(int32_t n_query, int32_t n_key) {
-    return {0, 0, n_query, n_key, 0, n_query, 1};
-}
-
-/* Reads in any case, and so before anything waits; beyond the last batch what that one has. */
-__device__ __forceinline__ struct whole_batch look_at_batch(const struct arguments &a,
-                                                            int32_t batch) {
-    int32_t there = batch < a.batch_end ? batch : a.batch_end - 1, begin, n_query, n_key;
-    segment32(a.p.query_lengths, 0, (int32_t)a.p.n_query, there, &begin, &n_query);
-    segment32(a.p.key_lengths, 0, (int32_t)a.p.n_key, there, &begin, &n_key);
-    struct batch_part part = part_of_whole(n_query, n_key);
-    bool some = batch < a.batch_end && n_query > 0 && n_key > 0;
-    return {n_query, n_key, some ? (uint32_t)item_places(&a.p, &a.line, &part, 0) : 0};
-}
-
-/* find_run where arguments.one_item holds: a fraction of the instructions. A lane looks at a batch,
- * or at a chunk of them and then, where the run begins in that chunk, at one of its batches. */
-template <class S> __device__ __forceinline__ struct walk find_item_run(const struct arguments &a) {
-    int32_t size = chunk_size(a), lane = threadIdx.x & 31, batch = a.batch_begin;
-    struct whole_batch mine = look_at_batch(a, batch + lane * size);
-    uint32_t x = mine.places;
-#pragma unroll 1
-    for (int32_t i = 1; i < size; i++)
-        x += look_at_batch(a, batch + lane * size + i).places;
-    uint32_t upto = warp_scan(x), total = __shfl_sync(0xffffffffu, upto, 31);
-    uint32_t place = (uint32_t)run_begin(total, blockIdx.x, gridDim.x);
-    int32_t span = (int32_t)((uint32_t)run_begin(total, blockIdx.x + 1, gridDim.x) - place);
-    struct walk w;
-    w.next = {0, 0, 0, 0};
-    if (span == 0)
-        return w;
-    int32_t from = lane_of_place(x, upto, &place);
-    if (size > 1) {
-        batch += from * size;
-        mine = look_at_batch(a, batch + lane);
-        from = lane_of_place(mine.places, warp_scan(mine.places), &place);
-    }
-    w.next = {batch + from, 0, -(int32_t)place, span};
-    w.part = part_of_whole(__shfl_sync(0xffffffffu, mine.n_query, from),
-                           __shfl_sync(0xffffffffu, mine.n_key, from));
     return w;
 }
 
