@@ -31,6 +31,10 @@ static void count_fork(void) {
 
 static void prepare_contexts(void) {
     pthread_key_create(&context_key, free_context);
+}
+
+/* From the beginning: torch, too, has OpenMP's threads, before it first calls the operator. */
+__attribute__((constructor)) static void watch_forks(void) {
     pthread_atfork(NULL, NULL, count_fork);
 }
 

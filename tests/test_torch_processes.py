@@ -87,6 +87,23 @@ def test_works_in_a_forked_child():
     )
 
 
+def test_works_in_a_forked_child_of_which_only_torch_has_used_threads():
+    run_python(
+        """
+        import os, signal, torch, lightning_indexer
+        torch.set_num_threads(2)
+        q, k, w = torch.randn(1, 64, 4, 64).half(), torch.randn(1, 999, 1, 64).half(), torch.ones(1, 64, 4)
+        torch.randn(4000, 1000).exp().sum()  # in parallel
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # OpenMP would wait for ever for threads that are not there
+            torch.ops.lightning_indexer.lightning_indexer(q, k, w)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        """
+    )
+
+
 # --- leaks -------------------------------------------------------------------------------------
 
 
@@ -97,7 +114,7 @@ MIB = 1 << 20  # a context has nearly 4 of them for each of its threads
 def test_a_context_ends_with_its_thread_and_has_as_many_threads_as_torch():
     run_python(
         """
-        import threading
+        import os, threading, time
         from test_torch_processes import MIB, OP, Case, bytes_in_use, torch
         case = Case(query_lengths=(1, 1), key_lengths=(3, 2), heads=1, sparse_count=2)
 
@@ -109,11 +126,17 @@ def test_a_context_ends_with_its_thread_and_has_as_many_threads_as_torch():
             work()
             return (bytes_in_use() - before) / MIB
 
+        def tasks():
+            return len(os.listdir("/proc/self/task"))
+
         def threads():
+            before = tasks()
             for _ in range(20):
                 thread = threading.Thread(target=call)
                 thread.start()
                 thread.join()
+            while tasks() > before:  # join does not wait for what a thread frees at its end
+                time.sleep(0.01)
 
         torch.set_num_threads(1)
         call()
