@@ -14,7 +14,7 @@ import numpy
 import pytest
 
 import lightning_indexer
-from lightning_indexer import reference
+from lightning_indexer import _arrays, reference
 
 
 def needs(module):
@@ -126,6 +126,26 @@ def test_anything_with_dlpack():
     got = lightning_indexer.lightning_indexer(*map(Other, arrays), sparse_count=9)
     assert isinstance(got, numpy.ndarray) and (got == expected).all()
     assert [sys.getrefcount(a) for a in arrays] == before  # what was borrowed was given back
+
+
+def test_pinned_memory_is_the_cpus():
+    class Pinned:
+        def __init__(self, array):
+            self.array = array
+
+        def __dlpack__(self):
+            capsule = self.array.__dlpack__()
+            device = _arrays.Tensor.from_address(_arrays._get_pointer(capsule, b"dltensor")).device
+            device.device_type, device.device_id = self.__dlpack_device__()
+            return capsule
+
+        def __dlpack_device__(self):
+            return 3, 0  # kDLCUDAHost
+
+    query, key, weights = arguments()
+    expected = lightning_indexer.lightning_indexer(query, key, weights, sparse_count=9)
+    for arrays in ((Pinned(query), Pinned(key), Pinned(weights)), (query, Pinned(key), weights)):
+        assert (lightning_indexer.lightning_indexer(*arrays, sparse_count=9) == expected).all()
 
 
 def test_nothing_is_copied_and_strides_are_seen():

@@ -11,8 +11,8 @@ import operator
 import numpy
 
 from . import _library
-from ._library import BFLOAT, CPU, CUDA, CUDA_MANAGED, FLOAT, INT, UINT, LAYOUTS, MAX_SPARSE_COUNT
-from ._library import Args, Tensor
+from ._library import BFLOAT, CPU, CUDA, CUDA_HOST, CUDA_MANAGED, FLOAT, INT, UINT
+from ._library import LAYOUTS, MAX_SPARSE_COUNT, Args, Tensor
 
 _KINDS = {"f": FLOAT, "i": INT, "u": UINT}
 
@@ -58,10 +58,13 @@ _get_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 def _from_dlpack(array, stream):
     """The DLTensor inside an unconsumed capsule, which frees itself when it is dropped."""
-    device_type = array.__dlpack_device__()[0]
-    on_gpu = int(device_type) in (CUDA, CUDA_MANAGED)
+    device_type = int(array.__dlpack_device__()[0])
+    on_gpu = device_type in (CUDA, CUDA_MANAGED)
     capsule = array.__dlpack__(stream=stream) if on_gpu else array.__dlpack__()
     tensor = Tensor.from_address(_get_pointer(capsule, b"dltensor"))
+    if device_type == CUDA_HOST:  # pinned memory is the CPU's, as are the outputs
+        tensor = Tensor.from_buffer_copy(tensor)
+        tensor.device.device_type, tensor.device.device_id = CPU, 0
     return Borrowed(tensor, array, capsule)
 
 
