@@ -50,8 +50,8 @@ __device__ __forceinline__ void feed(const struct arguments &a, struct shared_me
                                      const CUtensorMap *query_map, const CUtensorMap *key_map) {
     int warp = threadIdx.x / 32 % 4; /* by a shuffle it would cost prefill 4 percent */
     if (warp < 2) {
-        struct walk w =
-            S::DECODE && a.one_item ? find_run<S, S::DECODE>(a, s) : find_run<S, false>(a, s);
+        struct walk w = S::DECODE && a.one_item ? find_run<S, S::DECODE>(a, s.chunks)
+                                                : find_run<S, false>(a, s.chunks);
         named_barrier(BARRIER_FEED, 3 * 32);
         if (warp == 0)
             feed_tensors<S>(a, s, query_map, key_map, w);
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     long long begin = clock64();
     allow_next_kernel();
     if (chunk_size(a) > LANE_BATCHES) {
-        sum_chunks<S>(a, s);
+        sum_chunks<THREADS / 32>(a, s.chunks);
         __syncthreads();
     }
     /* Through a shuffle, so that the compiler knows it, and all that follows from it, to be the
@@ -161,14 +161,6 @@ template <class S> int key_tensor_map(CUtensorMap *map, const struct problem *p)
     const cuuint64_t strides[3] = {row, 128, stride};
     const cuuint32_t box[4] = {64, 1u << shift, shift == TILE_SHIFT ? S::HALVES : 1u, 1};
     return encode_map(map, p, p->key, 4, sizes, strides, box);
-}
-
-/* Whether each batch is one item at most, whole in the slab, and a warp can look at all of them. */
-template <class S> bool one_item_each(const struct slab *slab, int32_t n_batch) {
-    const struct problem *p = &slab->p;
-    return S::DECODE && !p->query_packed && !p->key_packed && p->n_query <= S::BLOCK &&
-           slab->row_begin % p->n_query == 0 && slab->row_end % p->n_query == 0 &&
-           n_batch <= 32 * LANE_BATCHES;
 }
 
 int page_shift(const struct problem *p) {

@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What the parts of the Hopper score kernel share: an instance's constants, the launch's arguments,
- * the layout of shared memory.
+ * What the parts of the Hopper score kernel share: an instance's constants and the layout of
+ * shared memory.
  */
 #ifndef LIDX_SM90_SHAPE_CUH
 #define LIDX_SM90_SHAPE_CUH
 
 #include "hopper.cuh"
 #include "launch.h"
-#include "schedule.h"
+#include "sm90_arguments.cuh"
 
 namespace {
 
@@ -55,19 +55,6 @@ template <int HEADS_, int DIM_, int COLUMNS_> struct shape {
     static constexpr int CHARGE = COLUMNS == 256 ? 2 : COLUMNS / 64;
     static constexpr int LANE_COLUMNS = COLUMNS / 4;
     static constexpr int WEIGHT_PITCH = LANE_COLUMNS + 4; /* no bank conflict between lanes */
-};
-
-struct arguments {
-    struct problem p;
-    struct line line;
-    float *scores;
-    int64_t scores_stride;
-    int32_t batch_begin; /* batches that have rows in the slab */
-    int32_t batch_end;
-    int32_t piece_shift; /* log2 of the keys that one TMA box brings */
-    unsigned long long *cycles;
-    int32_t one_item;   /* each batch is one whole item at most: see find_run */
-    int32_t page_shift; /* log2 of the boxes of a page; -1 if it is no power of two */
 };
 
 struct item {

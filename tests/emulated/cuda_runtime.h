@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Just enough of CUDA, on one CPU thread, to run the selection kernels where there is no GPU: one
- * block or cluster at a time, its threads as fibers that switch at barriers and warp operations.
- * The order of blocks, of warps and of lanes is random, so that a missing barrier is likely to
- * show; a warp that splits at a collective, a barrier that some threads miss, and a deadlock end
- * the program. What it cannot show: races between lanes of one warp, the memory model, speed.
+ * Just enough of CUDA, on one CPU thread, to run the selection kernels and the Hopper kernel's walk
+ * where there is no GPU: one block or cluster at a time, its threads as fibers that switch at
+ * barriers and warp operations. The order of blocks, of warps and of lanes is random, so that a
+ * missing barrier is likely to show; a warp that splits at a collective, a barrier that some
+ * threads miss, and a deadlock end the program. What it cannot show: races between lanes of one
+ * warp, the memory model, speed.
  *
  *     g++ -std=c++17 -O2 -U_FORTIFY_SOURCE -x c++ -Itests/emulated tests/test_topk.cu \
  *         src/cuda/topk.cu -o test_topk && ./test_topk quick
@@ -74,7 +75,7 @@ inline std::vector<emulated_thread> emulated_threads; /* of the cluster */
 inline unsigned emulated_block_threads;
 inline emulated_thread *emulated_now;
 inline jmp_buf emulated_scheduler;
-inline dim3 emulated_block;
+inline dim3 emulated_block, emulated_grid;
 inline void (*emulated_call)(const void *, void **);
 inline const void *emulated_kernel;
 inline void **emulated_arguments;
@@ -204,6 +205,7 @@ inline void emulated_run_cluster(unsigned first_block, unsigned cluster, unsigne
 
 #define threadIdx (dim3(emulated_now->number))
 #define blockIdx emulated_block
+#define gridDim emulated_grid
 
 /* ---- what kernels call ----------------------------------------------------------------------- */
 
@@ -298,6 +300,7 @@ static inline float __fdividef(float a, float b) { return a / b; }
 static inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 static inline uint32_t __umulhi(uint32_t a, uint32_t b) { return (uint64_t)a * b >> 32; }
 static inline int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
+static inline int __ffs(uint32_t x) { return __builtin_ffs((int)x); }
 static inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 static inline uint32_t __dp4a(uint32_t a, uint32_t b, uint32_t c) {
     for (int i = 0; i < 32; i += 8)
@@ -388,6 +391,7 @@ static inline cudaError_t emulated_launch(const cudaLaunchConfig_t *c, const voi
     emulated_call = call;
     emulated_kernel = kernel;
     emulated_arguments = arguments;
+    emulated_grid = c->gridDim;
     std::vector<unsigned> order(c->gridDim.x / cluster);
     for (unsigned i = 0; i < order.size(); i++)
         std::swap(order[i] = i, order[(unsigned)rand() % (i + 1)]);
