@@ -107,19 +107,20 @@ def test_jax_arrays():
         check([numpy.asarray(a) for a in arrays], indices)
 
 
+class Other:
+    """An array of a library that we have never heard of."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
 def test_anything_with_dlpack():
-    class Other:
-        """An array of a library that we have never heard of."""
-
-        def __init__(self, array):
-            self.array = array
-
-        def __dlpack__(self, **options):
-            return self.array.__dlpack__(**options)
-
-        def __dlpack_device__(self):
-            return self.array.__dlpack_device__()
-
     arrays = arguments()
     expected = lightning_indexer.lightning_indexer(*arrays, sparse_count=9)
     before = [sys.getrefcount(a) for a in arrays]
@@ -129,12 +130,9 @@ def test_anything_with_dlpack():
 
 
 def test_pinned_memory_is_the_cpus():
-    class Pinned:
-        def __init__(self, array):
-            self.array = array
-
+    class Pinned(Other):
         def __dlpack__(self):
-            capsule = self.array.__dlpack__()
+            capsule = super().__dlpack__()
             device = _arrays.Tensor.from_address(_arrays._get_pointer(capsule, b"dltensor")).device
             device.device_type, device.device_id = self.__dlpack_device__()
             return capsule

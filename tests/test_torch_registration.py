@@ -104,42 +104,42 @@ def test_alias_is_left_to_its_owner(tmp_path, owner):
     )
 
 
-def test_alias_adds_cpu_to_an_operator_that_exists():
+def run_beside_npu(more, checks):
+    """Runs `checks` after a call's arguments, in a process where npu has the operator and `more`."""
     schema = _torch._load_op().lidx_torch_schema(b"lightning_indexer").decode()
     run_python(
         f"""
 import torch
 npu = torch.library.Library("npu", "DEF")
 npu.define({schema!r})
-npu.define("npu_lightning_indexer(Tensor query, int selected_count) -> Tensor")
+{more}
 import lightning_indexer
-"""
-        + CALL
-        + """
-assert torch.ops.npu.lightning_indexer(q, k, w, sparse_count=4).tolist() == [expected]
-state = lightning_indexer._torch.state
-assert state["npu::lightning_indexer"].startswith("implemented")
-assert state["npu::npu_lightning_indexer"] == "left alone: it exists with another schema"
+{CALL}
+{checks}
 """
     )
 
 
+def test_alias_adds_cpu_to_an_operator_that_exists():
+    run_beside_npu(
+        'npu.define("npu_lightning_indexer(Tensor query, int selected_count) -> Tensor")',
+        """
+assert torch.ops.npu.lightning_indexer(q, k, w, sparse_count=4).tolist() == [expected]
+state = lightning_indexer._torch.state
+assert state["npu::lightning_indexer"].startswith("implemented")
+assert state["npu::npu_lightning_indexer"] == "left alone: it exists with another schema"
+""",
+    )
+
+
 def test_alias_is_left_alone_where_the_operator_serves_the_cpu():
-    schema = _torch._load_op().lidx_torch_schema(b"lightning_indexer").decode()
-    run_python(
-        f"""
-import torch
-npu = torch.library.Library("npu", "DEF")
-npu.define({schema!r})
-npu.impl("lightning_indexer", lambda query, *others, **options: query[0], "CPU")
-import lightning_indexer
-"""
-        + CALL
-        + """
+    run_beside_npu(
+        'npu.impl("lightning_indexer", lambda query, *others, **options: query[0], "CPU")',
+        """
 assert torch.ops.npu.lightning_indexer(q, k, w, sparse_count=4).dtype == torch.float16
 state = lightning_indexer._torch.state["npu::lightning_indexer"]
 assert state == "left alone: it exists and serves CPU", state
-"""
+""",
     )
 
 
