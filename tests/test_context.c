@@ -141,6 +141,34 @@ static void check_kernel_info(void) {
           chosen_fp16, scalar);
 }
 
+/* A feature that is there and not found leaves its kernels out of every test without a word. */
+static void check_feature(const char *name, int is_there) {
+    char found[256], word[32];
+    snprintf(found, sizeof found, " %s ", lidx_cpu_features());
+    snprintf(word, sizeof word, " %s ", name);
+    CHECK((strstr(found, word) != NULL) == !!is_there, "features found:%s; %s is %sthere", found,
+          name, is_there ? "" : "not ");
+}
+
+/* Against the compiler's own look at this CPU. */
+static void check_features(void) {
+    CHECK(lidx_cpu_features() != NULL, "features");
+#if defined(__x86_64__)
+    int avx2 = __builtin_cpu_supports("avx2"),
+        avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    check_feature("avx2", avx2);
+    check_feature("fma", __builtin_cpu_supports("fma"));
+    check_feature("f16c", avx2); /* no CPU has AVX2 without it */
+    check_feature("avx512", avx512);
+    check_feature("avx512_bf16", avx512 && __builtin_cpu_supports("avx512bf16"));
+#elif defined(__aarch64__)
+    check_feature("neon", 1);
+#else
+    (void)check_feature;
+#endif
+}
+
 static void check_names(void) {
     static const char *const name[] = {
         "LIDX_OK",         "LIDX_ERR_ARGUMENT",  "LIDX_ERR_LAYOUT", "LIDX_ERR_SHAPE",
@@ -155,7 +183,6 @@ static void check_names(void) {
     snprintf(version, sizeof version, "%d.%d.%d", LIDX_VERSION_MAJOR, LIDX_VERSION_MINOR,
              LIDX_VERSION_PATCH);
     CHECK_STRING(lidx_version(), version, "version");
-    CHECK(lidx_cpu_features() != NULL, "features");
 }
 
 static void *fail_elsewhere(void *sentence) {
@@ -186,6 +213,7 @@ int main(void) {
     check_context();
     check_create();
     check_kernel_info();
+    check_features();
     check_names();
     check_error_is_per_thread();
     lidx_destroy(context);
