@@ -13,6 +13,9 @@ MAKEFLAGS += --no-print-directory
 # Under make -j the builds called from here share its jobs; otherwise each takes every core.
 BUILD_JOBS = $(if $(findstring jobserver,$(MAKEFLAGS)),,-j $(JOBS))
 
+# Seconds after which a test is taken to hang; the slowest takes two minutes on two busy cores.
+HANGS = 900
+
 TRUST = asan coverage valgrind tsan fuzz reproduce torch
 
 .PHONY: help all demo test test-c test-python test-trust test-aarch64 campaign bench install clean setup
@@ -47,7 +50,7 @@ demo: $(BUILD)-demo/CMakeCache.txt
 test: test-c test-python test-trust
 
 test-c: all
-	ctest --test-dir $(BUILD) -j $(JOBS) --output-on-failure
+	ctest --test-dir $(BUILD) -j $(JOBS) --timeout $(HANGS) --output-on-failure
 
 # Python compiles what the tests import of it; pip would compile everything, which takes longer.
 $(VENV)/ready: tests/requirements.txt | setup
@@ -65,7 +68,7 @@ python-package: $(VENV)/ready
 
 test-python: all python-package
 	LIDX_BIN=$(BUILD)/tools/lidx LIDX_WHEEL=$$(echo $(BUILD)/wheel/*.whl) \
-	    $(VENV)/bin/python -m pytest -q -rs tests
+	    $(VENV)/bin/python -m pytest -q -rs -o faulthandler_timeout=$(HANGS) tests
 
 test-trust: $(TRUST:%=trust-%)
 
@@ -83,8 +86,8 @@ test-aarch64:
 	cmake -B build-aarch64 -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake -DLIDX_WERROR=ON \
 	      -DLIDX_TOOLS=OFF -DLIDX_CUDA=OFF
 	+cmake --build build-aarch64 $(BUILD_JOBS)
-	LIDX_TEST_CASES=60 ctest --test-dir build-aarch64 -j $(JOBS) --output-on-failure \
-	    --exclude-regex test_scale
+	LIDX_TEST_CASES=60 ctest --test-dir build-aarch64 -j $(JOBS) --timeout $(HANGS) \
+	    --output-on-failure --exclude-regex test_scale
 
 campaign: all
 	+sh tests/campaign.sh long
