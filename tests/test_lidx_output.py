@@ -184,9 +184,11 @@ def test_input_that_shrinks(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    time.sleep(0.3)  # of some seconds that this takes
-    os.truncate(source, 4096)
+    maps = pathlib.Path(f"/proc/{process.pid}/maps")
+    while str(source) not in maps.read_text() and process.poll() is None:
+        time.sleep(0.001)
+    os.truncate(source, 4096)  # long before the scores are there, which takes seconds
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 2 and stdout == "", (process.returncode, stderr)
-    assert len(stderr.splitlines()) == 1 and stderr.startswith("lidx")
+    assert len(stderr.splitlines()) == 1 and stderr.startswith("lidx") and "it shrank" in stderr
     assert target.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
