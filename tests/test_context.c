@@ -109,7 +109,7 @@ static void check_create(void) {
 
 static void check_kernel_info(void) {
     struct lidx_kernel_info info = {.size = sizeof info};
-    int n = lidx_kernel_count(), chosen_bf16 = 0, chosen_fp16 = 0, scalar = 0;
+    int n = lidx_kernel_count(), usable = 0, chosen_bf16 = 0, chosen_fp16 = 0, scalar = 0;
     CHECK(n >= 1, "%d kernels", n);
     check_sentence(lidx_kernel_info(-1, &info), LIDX_ERR_ARGUMENT, "index", "kernel -1");
     check_sentence(lidx_kernel_info(n, &info), LIDX_ERR_ARGUMENT, "index", "kernel past the end");
@@ -132,6 +132,10 @@ static void check_kernel_info(void) {
             refuse_options(&options, LIDX_ERR_OPTION, name, "a kernel of another machine");
         if (strcmp(info.backend, "cpu") != 0)
             continue;
+        int is_slow = strcmp(name, "avx512_bf16") == 0 &&
+                      strstr(lidx_cpu_features(), "slow_vdpbf16ps") != NULL;
+        if (info.available && !is_slow && usable++ == 0)
+            CHECK(info.chosen_bf16 && info.chosen_fp16, "%s comes first and is not chosen", name);
         chosen_bf16 += info.chosen_bf16;
         chosen_fp16 += info.chosen_fp16;
         scalar += strcmp(name, "scalar") == 0 && info.available;
