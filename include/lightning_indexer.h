@@ -20,11 +20,20 @@
  *     sparse_indices    [B, S1, 1, k]    [T1, 1, k]                                   int32
  *     sparse_values     as sparse_indices                                             f32 | query's
  *
- * Ownership: every tensor is borrowed for the call. Outputs are the caller's and every slot of
- * them is written; when a call is refused, none is touched.
- * Threads: one context serves one thread at a time; contexts are independent of each other.
+ * Memory: `data` is aligned to its elements. Dimensions are contiguous, except that batches (BSND),
+ * pages and rows of block_table may lie any stride >= 0 apart, those of an output so that they do
+ * not overlap. Outputs overlap no other tensor. B, S1, S2, T1, T2 and pages may be 0.
+ * Order: -0 counts as 0; NaN comes last, by position, and is visible like any other score.
+ * Every slot of an output is written: where fewer than k keys are visible, and in rows at or past a
+ * batch's length (TND: past the last prefix sum), the rest is -1, with -inf as its value.
+ * Ownership: every struct and tensor is borrowed for the call, on CUDA the device memory until the
+ * stream has passed it. Outputs are the caller's; when a call is refused, none is touched.
+ * Threads: any thread may use a context, one at a time; contexts are independent of each other, and
+ * all other functions may be called by any thread at any time.
  * Failure: functions return 0 or a positive lidx_status, and lidx_last_error() then says in a
  * sentence which argument, what it was and what it should be. Nothing prints, aborts or exits.
+ * Interface: within a major version functions, fields (at the end of a struct) and numbers are only
+ * added, so a program runs with any later library of the same soname.
  * Determinism: same input and same kernel give the same bits, whatever the thread count, batch
  * composition, layout, paging or chunking. Two kernels may differ in the last bits of a score.
  */
@@ -63,7 +72,9 @@ enum lidx_status {
     LIDX_ERR_CUDA = 11      /* the CUDA runtime refused; the sentence carries its words */
 };
 
-/* DLPack's DLDevice, DLDataType and DLTensor, field by field: a DLTensor pointer may be cast. */
+/* DLPack's DLDevice, DLDataType and DLTensor, field by field: a DLTensor pointer may be cast. All
+ * tensors of a call are on the same device. CUDA_HOST memory is worked on by the CPU, CUDA_MANAGED
+ * by the GPU. */
 enum lidx_device_type { LIDX_CPU = 1, LIDX_CUDA = 2, LIDX_CUDA_HOST = 3, LIDX_CUDA_MANAGED = 13 };
 enum lidx_type_code { LIDX_INT = 0, LIDX_UINT = 1, LIDX_FLOAT = 2, LIDX_BFLOAT = 4 };
 
@@ -102,8 +113,7 @@ enum lidx_limit {
     LIDX_MAX_THREADS = 1024
 };
 
-/* The arguments of one run. Begin with LIDX_ARGS_INIT: it sets `size` and the operator's defaults.
- * Fields are only ever added at the end. */
+/* Arguments of one run. Begin with LIDX_ARGS_INIT: it sets `size` and the operator's defaults. */
 struct lidx_args {
     size_t size; /* sizeof(struct lidx_args) as the caller was compiled */
 
@@ -111,9 +121,9 @@ struct lidx_args {
     const struct lidx_tensor *key;
     const struct lidx_tensor *weights;
 
-    /* int32 [B]. TND: required, prefix sums without the leading 0 (for a PA_BSND key the key's
-     * list is per batch all the same). BSND: optional, one length per batch. PA_BSND: the key's
-     * list is required. */
+    /* int32 [B]. BSND: optional, one length a batch; NULL means S1, S2. TND: required, prefix sums
+     * without the leading 0; the list's length is B. PA_BSND: the key's list is required, one
+     * length a batch, with a TND query too. On the CPU a value out of range is LIDX_ERR_VALUE. */
     const struct lidx_tensor *actual_seq_lengths_query;
     const struct lidx_tensor *actual_seq_lengths_key;
 
@@ -131,13 +141,15 @@ struct lidx_args {
     const struct lidx_tensor *sparse_values;  /* out, optional; -inf beside a -1 */
 
     /* CUDA only: a cudaStream_t (NULL is the default stream), and device memory of
-     * lidx_workspace_size() bytes, 256-byte aligned, for this run alone. */
+     * lidx_workspace_size() bytes or more, 256-byte aligned, which nothing else uses before the
+     * stream has passed the run; later runs on the same stream may. */
     void *stream;
     void *workspace;
     size_t workspace_size;
 
-    /* CUDA only, optional: a device word to which a run adds the number of lengths it had to
-     * clamp and of visible pages whose id was out of range (their keys count as invisible). */
+    /* CUDA only, where values are not read on the host: lengths are clamped, and keys of a page
+     * whose id is out of range count as invisible. Optional: a device word to which a run adds the
+     * number of such lengths and visible pages. Begin with 0 in it. */
     uint32_t *error_word;
 };
 
@@ -149,7 +161,7 @@ struct lidx_args {
 
 struct lidx_options {
     size_t size;        /* sizeof(struct lidx_options) */
-    int32_t n_threads;  /* CPU threads; 0 means all this process may run on */
+    int32_t n_threads;  /* CPU threads; 0 means OMP_NUM_THREADS, or else all CPUs it may run on */
     const char *kernel; /* force a kernel by name; NULL means LIDX_KERNEL, or else the best one.
                          * A CPU kernel's name leaves the choice on CUDA alone, and vice versa. */
 };
@@ -159,25 +171,28 @@ struct lidx_options {
 
 struct lidx_context;
 
-/* Allocates all that CPU runs will need (at most 4 MiB a thread); runs allocate nothing.
- * `options` may be NULL. Errors: LIDX_ERR_ARGUMENT, LIDX_ERR_OPTION, LIDX_ERR_MEMORY. */
+/* Allocates all that CPU runs will need (at most 4 MiB a thread); runs allocate nothing. A context
+ * serves the CPU and every GPU, on any streams. `options` may be NULL. On failure *context is NULL.
+ * Errors: LIDX_ERR_ARGUMENT, LIDX_ERR_OPTION, LIDX_ERR_MEMORY. */
 LIDX_API int lidx_create(struct lidx_context **context, const struct lidx_options *options);
 LIDX_API void lidx_destroy(struct lidx_context *context); /* NULL is allowed */
 
 /* Runs the operator on the device that holds the tensors. On the CPU it returns when the outputs
  * are written. On CUDA it enqueues on `stream` and returns: it neither synchronises nor
  * allocates, and may be captured in a graph and replayed with other lengths, tables and data in
- * the same buffers. */
+ * the same buffers. The current CUDA device need not be the tensors', and stays current.
+ * Errors: all but LIDX_ERR_MEMORY. */
 LIDX_API int lidx_run(struct lidx_context *context, const struct lidx_args *args);
 
 /* Bytes of workspace that lidx_run wants for tensors of these shapes, whatever the lengths: 0 on
  * the CPU; on CUDA at most 256 MiB, or one row of scores where more than 60 million keys make that
- * larger. Reads no data; `data` pointers may be NULL. */
+ * larger. Smaller shapes may want more than larger ones, so ask for each, or have 256 MiB. Reads no
+ * data; `data` pointers may be NULL. Errors: lidx_run's. */
 LIDX_API int lidx_workspace_size(struct lidx_context *context, const struct lidx_args *args,
                                  size_t *bytes);
 
 LIDX_API const char *lidx_status_name(int status); /* "LIDX_ERR_SHAPE"; never NULL */
-LIDX_API const char *lidx_last_error(void);        /* this thread's last sentence; never NULL */
+LIDX_API const char *lidx_last_error(void);        /* of this thread's last failure; never NULL */
 LIDX_API const char *lidx_version(void);           /* "0.1.0" */
 
 /* One kernel of this build, in order of preference within its backend. Strings are static, or
@@ -193,7 +208,7 @@ struct lidx_kernel_info {
 };
 
 /* Kernels of all backends, those of the CPU first; `index` counts from 0 through them. Errors:
- * LIDX_ERR_ARGUMENT, also where info->size is less than this version's struct has. */
+ * LIDX_ERR_ARGUMENT. */
 LIDX_API int lidx_kernel_count(void);
 LIDX_API int lidx_kernel_info(int index, struct lidx_kernel_info *info);
 

@@ -29,6 +29,8 @@ struct lidx_context {
 enum {
     ARGS_MINIMUM = offsetof(struct lidx_args, error_word) + sizeof(uint32_t *),
     OPTIONS_MINIMUM = offsetof(struct lidx_options, kernel) + sizeof(const char *),
+    INFO_MINIMUM = offsetof(struct lidx_kernel_info, reason) + sizeof(const char *),
+    STRUCT_MAXIMUM = 4096, /* a size above this is no struct's of any version */
 };
 
 const char *lidx_version(void) {
@@ -43,14 +45,17 @@ int lidx_kernel_count(void) {
 }
 
 int lidx_kernel_info(int index, struct lidx_kernel_info *info) {
-    if (!info || info->size < sizeof *info)
-        return lidx_fail(LIDX_ERR_ARGUMENT, "info is NULL or its size is too small; it should be "
+    if (!info || info->size < INFO_MINIMUM || info->size > STRUCT_MAXIMUM)
+        return lidx_fail(LIDX_ERR_ARGUMENT, "info is NULL or its size is wrong; it should be "
                                             "sizeof(struct lidx_kernel_info)");
     for (int i = 0; i < N_BACKENDS && index >= 0; i++) {
         int count = backends[i]->kernel_count();
         if (index < count) {
-            backends[i]->kernel_info(index, info);
-            info->backend = backends[i]->name;
+            struct lidx_kernel_info known = {.size = info->size};
+            backends[i]->kernel_info(index, &known);
+            known.backend = backends[i]->name;
+            memset(info, 0, known.size); /* what a newer caller's struct has besides */
+            memcpy(info, &known, known.size < sizeof known ? known.size : sizeof known);
             return LIDX_OK;
         }
         index -= count;
@@ -65,7 +70,7 @@ static int copy_sized(void *target, size_t target_size, const void *source, size
                       const char *name) {
     size_t size;
     memcpy(&size, source, sizeof size);
-    if (size < minimum || size > 4096)
+    if (size < minimum || size > STRUCT_MAXIMUM)
         return lidx_fail(LIDX_ERR_ARGUMENT,
                          "%s.size is %zu; it should be sizeof(struct %s), %zu in this version",
                          name, size, name, target_size);

@@ -117,6 +117,18 @@ static void check_kernel_info(void) {
     check_sentence(lidx_kernel_info(0, NULL), LIDX_ERR_ARGUMENT, "info", "info NULL");
     info.size = sizeof info - 1;
     check_sentence(lidx_kernel_info(0, &info), LIDX_ERR_ARGUMENT, "info", "info.size");
+    info.size = SIZE_MAX;
+    check_sentence(lidx_kernel_info(0, &info), LIDX_ERR_ARGUMENT, "info", "info.size too large");
+    struct {
+        struct lidx_kernel_info info;
+        unsigned char later[16];
+    } newer;
+    memset(&newer, 0x5A, sizeof newer);
+    newer.info.size = sizeof newer - 8;
+    CHECK_INT(lidx_kernel_info(0, &newer.info), LIDX_OK, "kernel info for a newer caller");
+    CHECK(newer.info.size == sizeof newer - 8 && newer.info.name, "a newer caller: its own fields");
+    for (int i = 0; i < 16; i++)
+        CHECK_INT(newer.later[i], i < 8 ? 0 : 0x5A, "kernel info for a newer caller: byte behind");
     for (int i = 0; i < n; i++) {
         info = (struct lidx_kernel_info){.size = sizeof info};
         CHECK_INT(lidx_kernel_info(i, &info), LIDX_OK, "kernel info");
