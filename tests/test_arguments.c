@@ -199,6 +199,16 @@ static void check_strides(int pair) {
     }
 }
 
+/* Of a tensor without elements strides say nothing: frameworks leave any number there. */
+static void check_strides_of_nothing(void) {
+    struct call c;
+    valid_call(&c, BSND_BSND);
+    c.shape[K][1] = c.key_list[0] = c.key_list[1] = 0;
+    for (int dim = 0; dim < 4; dim++)
+        c.stride[K][dim] = -77;
+    accept(&c, say("strides without elements", BSND_BSND, K));
+}
+
 /* ---- faults of one argument ------------------------------------------------------------------ */
 
 static void check_heads_and_dim(int pair) {
@@ -438,6 +448,7 @@ int main(void) {
         else
             check_unpaged_table(pair);
     }
+    check_strides_of_nothing();
     check_layouts();
     check_counts();
     check_empty_table();

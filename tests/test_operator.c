@@ -258,6 +258,18 @@ static void check_denormal_scores(struct kernel *kernel, int is_bf16) {
           is_bf16 ? "bf16" : "fp16", wrong);
 }
 
+/* The answer of several threads, in n slots, against that of one: the same bits. */
+static void check_team(const struct small_case *c, const struct small_case *one, int n,
+                       const char *what) {
+    int at = 0;
+    while (at < n && c->indices[at] == one->indices[at] &&
+           test_float_bits(c->values[at]) == test_float_bits(one->values[at]))
+        at++;
+    CHECK(at == n, "%s: slot %d is key %d (%g), of one thread %d (%g)", what, at,
+          c->indices[at % n], (double)c->values[at % n], one->indices[at % n],
+          (double)one->values[at % n]);
+}
+
 /* One row of many keys, long enough for every thread to take part in it, with its best keys all in
  * one place: what one thread found is then the answer, to its last key, whatever the rest bring. */
 static void check_one_place(struct kernel *kernel, int n_key, int first, int repeats) {
@@ -275,29 +287,46 @@ static void check_one_place(struct kernel *kernel, int n_key, int first, int rep
         key[j * D] = test_to_bf16((float)rng_below(&rng, 100));
         key[j * D + 1] = test_to_bf16(j >= first && j < first + BEST ? 200 : 0);
     }
-    struct small_case c = {1, HEADS, D, n_key, query, key, weights, indices[0], values[0]};
-    run_case(&c, kernel, 1, 0, K);
+    struct small_case one = {1, HEADS, D, n_key, query, key, weights, indices[0], values[0]};
+    run_case(&one, kernel, 1, 0, K);
     for (int i = 0; i < K; i++)
         CHECK(indices[0][i] >= first && indices[0][i] < first + BEST, "%s: slot %d is %d",
               kernel->name, i, indices[0][i]);
+    struct small_case c = one;
     c.indices = indices[1], c.values = values[1];
     for (int repeat = 0; repeat < repeats; repeat++)
         for (int threads = THREADS; threads < N_THREADS; threads++) {
+            char what[TEXT];
+            snprintf(what, sizeof what, "%s, %d threads, best keys from %d on", kernel->name,
+                     thread_counts[threads], first);
             /* Leaves higher scores behind in the context's memory, which must not be seen. */
             c.weights = loud;
             run_case(&c, kernel, 1, threads, K);
             c.weights = weights;
             run_case(&c, kernel, 1, threads, K);
-            int at = 0;
-            while (at < K && indices[0][at] == indices[1][at] &&
-                   test_float_bits(values[0][at]) == test_float_bits(values[1][at]))
-                at++;
-            CHECK(at == K,
-                  "%s, %d threads, best keys from %d on: slot %d is key %d (%g), of one thread %d "
-                  "(%g)",
-                  kernel->name, thread_counts[threads], first, at, indices[1][at % K],
-                  (double)values[1][at % K], indices[0][at % K], (double)values[0][at % K]);
+            check_team(&c, &one, K, what);
         }
+}
+
+/* Many tokens and the largest k: fewer rows than else make a block, so that all of them fit into
+ * the memory of the thread that is at it and leave its neighbour's alone. */
+static void check_wide_rows(struct kernel *kernel) {
+    enum { D = 64, TOKENS = 72, N = 30000, K = LIDX_MAX_TOP_K, SLOTS = TOKENS * K };
+    static uint16_t query[TOKENS * D], key[N * D];
+    static float weights[TOKENS], values[2][SLOTS];
+    static int32_t indices[2][SLOTS];
+    struct rng rng = rng_seed(4);
+    for (int i = 0; i < TOKENS * D; i++)
+        query[i] = test_to_bf16(rng_normal(&rng));
+    for (int i = 0; i < N * D; i++)
+        key[i] = test_to_bf16(rng_normal(&rng));
+    for (int i = 0; i < TOKENS; i++)
+        weights[i] = 1;
+    struct small_case one = {TOKENS, 1, D, N, query, key, weights, indices[0], values[0]}, c = one;
+    c.indices = indices[1], c.values = values[1];
+    run_case(&one, kernel, 1, 0, K);
+    run_case(&c, kernel, 1, 1, K);
+    check_team(&c, &one, SLOTS, "72 tokens, k 8192, 2 threads");
 }
 
 int main(int argc, char **argv) {
@@ -321,6 +350,8 @@ int main(int argc, char **argv) {
         check_denormal_scores(&kernels[i], 1);
         for (int place = 0; place < 3; place++)
             check_one_place(&kernels[i], n_key, place * (n_key - 120) / 2, cases_text ? 1 : 4);
+        if (!cases_text)
+            check_wide_rows(&kernels[i]);
     }
     for (long number = first; number < first + cases; number++)
         run_trial(number);
