@@ -2,145 +2,9 @@
 #include "torch_call.h"
 
 #include <stdio.h>
-#include <string.h>
 
 #include "torch_context.h"
 #include "torch_lookup.h"
-
-static const char *const tensor_names[N_TENSORS] = {
-    "query",
-    "key",
-    "weights",
-    "actual_seq_lengths_query",
-    "actual_seq_lengths_key",
-    "block_table",
-    "sparse_indices",
-    "sparse_values",
-};
-
-static void free_cell(torch_value *cell) {
-    if (torch.delete_cell)
-        torch.delete_cell(cell);
-    else
-        torch.operator_delete(cell);
-}
-
-int torch_take_optional(torch_value argument, torch_value *value) {
-    if (!argument)
-        return 0;
-    torch_value *cell = (torch_value *)(uintptr_t)argument;
-    *value = *cell;
-    free_cell(cell);
-    return 1;
-}
-
-static void take_tensor(struct call *c, int which, torch_value argument) {
-    c->handle[which] = (struct torch_tensor *)(uintptr_t)argument;
-}
-
-static void take_optional_tensor(struct call *c, int which, torch_value argument) {
-    torch_value value;
-    if (torch_take_optional(argument, &value))
-        take_tensor(c, which, value);
-}
-
-void call_begin(struct call *c, const torch_value *stack) {
-    memset(c, 0, offsetof(struct call, tensor));
-    c->args = (struct lidx_args)LIDX_ARGS_INIT;
-    c->sparse_count = LIDX_DEFAULT_TOP_K;
-    c->sparse_mode = LIDX_MODE_CAUSAL;
-    c->pre_tokens = c->next_tokens = INT64_MAX;
-    for (int i = QUERY; i <= WEIGHTS; i++)
-        take_tensor(c, i, stack[i]);
-}
-
-void call_take_lists(struct call *c, const torch_value *stack) {
-    for (int i = QUERY_LENGTHS; i <= BLOCK_TABLE; i++)
-        take_optional_tensor(c, i, stack[i]);
-}
-
-void call_take_layout(struct call *c, const char *name, torch_value argument, int32_t *layout) {
-    static const char *const names[] = {"BSND", "TND", "PA_BSND"};
-    struct torch_string *string = (struct torch_string *)(uintptr_t)argument;
-    const char *text = "";
-    int known = 0;
-    torch.string_c_str(string, &text);
-    for (int i = 0; i < 3; i++)
-        if (strcmp(text, names[i]) == 0) {
-            *layout = i;
-            known = 1;
-        }
-    if (!known && !c->error) {
-        snprintf(c->sentence, sizeof c->sentence, "%s is \"%.40s\"; it should be %s", name, text,
-                 strcmp(name, "layout_key") == 0 ? "\"BSND\", \"TND\" or \"PA_BSND\""
-                                                 : "\"BSND\" or \"TND\"");
-        c->error = c->sentence;
-    }
-    torch.delete_string(string);
-}
-
-static struct lidx_dtype dtype_of(int32_t dtype) {
-    if (dtype == numbers.bfloat16)
-        return (struct lidx_dtype){LIDX_BFLOAT, 16, 1};
-    if (dtype == numbers.float16)
-        return (struct lidx_dtype){LIDX_FLOAT, 16, 1};
-    if (dtype == numbers.float32)
-        return (struct lidx_dtype){LIDX_FLOAT, 32, 1};
-    if (dtype == numbers.float64)
-        return (struct lidx_dtype){LIDX_FLOAT, 64, 1};
-    if (dtype == numbers.int32)
-        return (struct lidx_dtype){LIDX_INT, 32, 1};
-    if (dtype == numbers.int64)
-        return (struct lidx_dtype){LIDX_INT, 64, 1};
-    /* None that the operator takes: a code that DLPack does not use, and the true size. */
-    return (struct lidx_dtype){255, (uint8_t)(8 * torch.dtype_element_size(dtype)), 1};
-}
-
-static struct lidx_device device_of(int32_t type, int32_t index) {
-    if (type == numbers.cpu)
-        return (struct lidx_device){LIDX_CPU, 0};
-    if (type == numbers.cuda)
-        return (struct lidx_device){LIDX_CUDA, index};
-    return (struct lidx_device){-1, type};
-}
-
-/* A tensor whose facts torch did not give. */
-static void refuse_tensor(struct call *c, int which) {
-    bool defined = true;
-    torch.is_defined(c->handle[which], &defined);
-    snprintf(c->sentence, sizeof c->sentence, "%s is %s", tensor_names[which],
-             defined ? "not a tensor with strides and memory"
-                     : "missing; it is a required argument");
-    c->error = c->sentence;
-}
-
-/* Fills tensor[which] from its handle; the arrays stay torch's. */
-static void describe(struct call *c, int which) {
-    struct torch_tensor *handle = c->handle[which];
-    int64_t ndim = 0, *shape = NULL, *strides = NULL;
-    int32_t dtype = 0, type = 0, index = 0;
-    const void *data = NULL;
-    if (torch.get_dim(handle, &ndim) || torch.get_sizes(handle, &shape) ||
-        torch.get_strides(handle, &strides) || torch.get_dtype(handle, &dtype) ||
-        torch.get_device_type(handle, &type) ||
-        (type != numbers.cpu && torch.get_device_index(handle, &index)) ||
-        torch.get_const_data(handle, &data)) {
-        refuse_tensor(c, which);
-        return;
-    }
-    c->tensor[which] = (struct lidx_tensor){
-        .data = (void *)(uintptr_t)data,
-        .device = device_of(type, index),
-        .ndim = (int32_t)ndim,
-        .dtype = dtype_of(dtype),
-        .shape = shape,
-        .strides = strides,
-    };
-    if (which == QUERY) {
-        c->device_type = type;
-        c->device_index = index;
-    }
-}
 
 static void refuse_int(struct call *c, const char *name, int64_t value, const char *should_be) {
     if (c->error)
@@ -172,7 +36,7 @@ static void *allocate(struct call *c, int which, int64_t ndim, const int64_t *sh
                             &c->handle[which]) ||
         torch.get_data(c->handle[which], &data)) {
         snprintf(c->sentence, sizeof c->sentence, "torch could not allocate %s",
-                 tensor_names[which]);
+                 call_tensor_names[which]);
         c->error = c->sentence;
     }
     return data;
@@ -189,7 +53,7 @@ static const struct lidx_tensor *make_output(struct call *c, int which, int32_t 
         .data = allocate(c, which, query->ndim, c->output_shape, c->output_strides, dtype),
         .device = query->device,
         .ndim = query->ndim,
-        .dtype = dtype_of(dtype),
+        .dtype = torch_dtype(dtype),
         .shape = c->output_shape,
         .strides = c->output_strides,
     };
@@ -244,19 +108,45 @@ static const struct lidx_tensor *present(struct call *c, int which) {
     if (!c->handle[which])
         return NULL;
     if (!c->error)
-        describe(c, which);
+        call_describe(c, which);
     return &c->tensor[which];
+}
+
+/* The caller's outputs say how many positions are wanted. */
+static void take_outputs(struct call *c) {
+    struct lidx_args *args = &c->args;
+    args->sparse_indices = present(c, INDICES);
+    args->sparse_values = present(c, VALUES);
+    const struct lidx_tensor *indices = args->sparse_indices;
+    if (!c->error && indices && indices->ndim > 0)
+        c->sparse_count = indices->shape[indices->ndim - 1];
+}
+
+/* One int32 of query's device, for CUDA to count in. */
+static void take_error_word(struct call *c) {
+    const struct lidx_tensor *word = present(c, ERROR_WORD);
+    if (!word || c->error)
+        return;
+    const struct lidx_device *device = &c->tensor[QUERY].device;
+    if (word->dtype.code == LIDX_INT && word->dtype.bits == 32 && word->ndim == 1 &&
+        word->shape[0] == 1 && word->device.device_type == device->device_type &&
+        word->device.device_id == device->device_id)
+        c->args.error_word = word->data;
+    else
+        c->error = "error_word is something else; it should be int32 [1] on query's device";
 }
 
 void call_run(struct call *c) {
     struct lidx_args *args = &c->args;
-    check_ints(c);
     args->query = present(c, QUERY);
     args->key = present(c, KEY);
     args->weights = present(c, WEIGHTS);
     args->actual_seq_lengths_query = present(c, QUERY_LENGTHS);
     args->actual_seq_lengths_key = present(c, KEY_LENGTHS);
     args->block_table = present(c, BLOCK_TABLE);
+    take_error_word(c);
+    take_outputs(c);
+    check_ints(c);
     if (c->error)
         return;
     struct lidx_context *context = torch_context();
@@ -264,7 +154,8 @@ void call_run(struct call *c) {
         c->error = lidx_last_error();
         return;
     }
-    make_outputs(c);
+    if (!c->fills_outputs)
+        make_outputs(c);
     if (c->error)
         return;
     if (c->device_type == numbers.cuda && torch.cuda_alloc)
@@ -281,9 +172,10 @@ static void release(struct call *c, int first, int end) {
 
 void call_finish(struct call *c) {
     release(c, QUERY, INDICES);
+    if (c->error || c->fills_outputs)
+        release(c, INDICES, N_TENSORS);
     if (!c->error)
         return;
-    release(c, INDICES, N_TENSORS);
     torch.check(false, "lightning_indexer", __FILE__, __LINE__, c->error);
 }
 

@@ -36,6 +36,7 @@ static const struct symbol {
     {"aoti_torch_empty_strided", offsetof(struct torch_shim, empty_strided), NEEDED},
     {"aoti_torch_delete_tensor_object", offsetof(struct torch_shim, delete_tensor), NEEDED},
     {"torch_string_c_str", offsetof(struct torch_shim, string_c_str), NEEDED},
+    {"torch_string_length", offsetof(struct torch_shim, string_length), NEEDED},
     {"torch_delete_string", offsetof(struct torch_shim, delete_string), NEEDED},
     {"torch_get_num_threads", offsetof(struct torch_shim, get_num_threads), NEEDED},
     {"aoti_torch_check", offsetof(struct torch_shim, check), NEEDED},

@@ -71,6 +71,31 @@ static void kernel_npu(torch_value *stack, uint64_t n_arguments, uint64_t n_resu
     stack[1] = (torch_value)(uintptr_t)c.handle[VALUES];
 }
 
+/* Into the caller's tensors: no allocation of outputs, float32 values, and the count of what a CUDA
+ * run had to clamp or hide. It returns nothing, which is the form that torch.compile can follow. */
+static const char schema_out[] =
+    "lightning_indexer_out(Tensor query, Tensor key, Tensor weights, Tensor(a!) sparse_indices, "
+    "Tensor(b!)? sparse_values=None, *, Tensor? actual_seq_lengths_query=None, "
+    "Tensor? actual_seq_lengths_key=None, Tensor? block_table=None, str layout_query='BSND', "
+    "str layout_key='BSND', int sparse_mode=3, Tensor(c!)? error_word=None) -> ()";
+
+static void kernel_out(torch_value *stack, uint64_t n_arguments, uint64_t n_results) {
+    struct call c;
+    (void)n_arguments;
+    (void)n_results;
+    call_begin(&c, stack);
+    c.fills_outputs = 1;
+    call_take_tensor(&c, INDICES, stack[3]);
+    call_take_optional_tensor(&c, VALUES, stack[4]);
+    call_take_lists(&c, stack + 2); /* two arguments later than in the others */
+    call_take_layout(&c, "layout_query", stack[8], &c.args.layout_query);
+    call_take_layout(&c, "layout_key", stack[9], &c.args.layout_key);
+    c.sparse_mode = (int64_t)stack[10];
+    call_take_optional_tensor(&c, ERROR_WORD, stack[11]);
+    call_run(&c);
+    call_finish(&c);
+}
+
 /* The first operator without what most calls leave out, for the Python function: torch takes 0.1 us
  * over each argument that is not given. */
 static const char schema_dense[] =
@@ -94,6 +119,7 @@ static const struct op {
 } ops[] = {
     {"lightning_indexer", schema_op, kernel_op},
     {"npu_lightning_indexer", schema_npu, kernel_npu},
+    {"lightning_indexer_out", schema_out, kernel_out},
     {"_dense", schema_dense, kernel_dense},
 };
 

@@ -55,6 +55,7 @@ struct torch_shim {
     torch_error (*delete_tensor)(struct torch_tensor *tensor);
 
     torch_error (*string_c_str)(struct torch_string *string, const char **text);
+    torch_error (*string_length)(struct torch_string *string, size_t *length);
     torch_error (*delete_string)(struct torch_string *string);
 
     torch_error (*get_num_threads)(uint32_t *count);

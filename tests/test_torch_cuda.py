@@ -27,6 +27,8 @@ if not any(k["backend"] == "cuda" and k["available"] for k in lightning_indexer.
 
 from torch_cases import NPU_OP, OP, PAIRS, Case, make_cases, special_numbers
 
+OUT = torch.ops.lightning_indexer.lightning_indexer_out
+
 needs_two_devices = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="needs two CUDA devices; here is one"
 )
@@ -254,6 +256,29 @@ def test_compiles_once_for_many_shapes_and_into_a_graph():
     graphed = torch.compile(call, fullgraph=True, mode="reduce-overhead")
     for _ in range(4):
         assert torch.equal(graphed(*tensors).clone(), call(*tensors))
+
+
+def test_writes_into_a_graphs_buffers_and_counts_bad_pages():
+    case = Case(("BSND", "PA_BSND"), device="cuda")
+    expected = OP(*case.positional())
+    _, named = case.keywords()
+    del named["sparse_count"]
+    indices = torch.empty_like(expected)
+    values = torch.empty(expected.shape, device="cuda")
+    word = torch.zeros(1, dtype=torch.int32, device="cuda")
+    call = lambda: OUT(*case.tensors, indices, values, **named, error_word=word)
+    call()  # what a kernel's first launch sets up must not fall into the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    indices.fill_(77)
+    graph.replay()
+    assert torch.equal(indices, expected) and word.item() == 0
+    case.table[0, 0] = 999  # of the first batch, whose pages are seen
+    graph.replay()
+    assert word.item() == 1 and not torch.equal(indices, expected)
+    with pytest.raises(RuntimeError, match="on query's device"):
+        OUT(*case.tensors, indices, **named, error_word=word.cpu())
 
 
 def test_leaks_no_memory():

@@ -144,6 +144,15 @@ def test_a_missing_tensor_is_named(missing, devices):
             lightning_indexer.lightning_indexer(*tensors, return_values=return_values)
 
 
+def test_a_layout_does_not_end_at_a_nul():
+    for name in ("layout_query", "layout_key"):
+        case = optioned(**{name: "BSND\0more"})
+        args, kwargs = case.keywords()
+        for call in (OP, NPU_OP, lightning_indexer.lightning_indexer):
+            with pytest.raises(RuntimeError, match=f'{name} is "BSND" and more, behind a NUL'):
+                call(*args, **kwargs)
+
+
 def test_windows_are_refused():
     args, kwargs = Case().keywords()
     for name in ("pre_tokens", "next_tokens"):

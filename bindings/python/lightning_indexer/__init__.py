@@ -6,7 +6,8 @@
 
 Importing the package registers `torch.ops.lightning_indexer.lightning_indexer`,
 `torch.ops.lightning_indexer.npu_lightning_indexer` and, where no other package owns the
-namespace, the same two in `torch.ops.npu`. Without torch, `lightning_indexer()` takes NumPy, CuPy
+namespace, the same two in `torch.ops.npu`; and `torch.ops.lightning_indexer.lightning_indexer_out`,
+which fills tensors of the caller's. Without torch, `lightning_indexer()` takes NumPy, CuPy
 and JAX arrays. Environment variables:
 
     LIDX_TORCH=0      do not import torch nor register anything

@@ -172,21 +172,75 @@ def _fake_dense(query, key, weights, sparse_count=None):
     return _fake_op(query, key, weights, sparse_count=sparse_count)
 
 
+def _fake_out(
+    query,
+    key,
+    weights,
+    sparse_indices,
+    sparse_values=None,
+    *,
+    actual_seq_lengths_query=None,
+    actual_seq_lengths_key=None,
+    block_table=None,
+    layout_query="BSND",
+    layout_key="BSND",
+    sparse_mode=3,
+    error_word=None,
+):
+    torch._check(
+        sparse_indices is not None, lambda: "sparse_indices is missing; it is a required argument"
+    )
+    lists = (actual_seq_lengths_query, actual_seq_lengths_key, block_table)
+    count = sparse_indices.shape[-1] if sparse_indices.dim() else 2048
+    made = _fake_indices(query, key, weights, *lists, layout_query, count)
+    _check_tensors(
+        query=query, key=key, weights=weights, sparse_indices=sparse_indices,
+        sparse_values=sparse_values, error_word=error_word,
+    )
+    for name, given in (("sparse_indices", sparse_indices), ("sparse_values", sparse_values)):
+        torch._check(
+            given is None or given.shape == made.shape,
+            lambda: f"{name} has shape {[*given.shape]}; it should be {[*made.shape]}, query's "
+            "tokens, one key head and sparse_count",
+        )
+
+
 _FAKES = {
     "lightning_indexer": _fake_op,
     "npu_lightning_indexer": _fake_npu,
+    "lightning_indexer_out": _fake_out,
     "_dense": _fake_dense,
 }
+
+
+def _count_writes(keyset, *args, **kwargs):
+    """Before `lightning_indexer_out`, outside of inference mode: autograd has to see that a tensor
+    which it keeps is overwritten, and nothing that has a gradient may be."""
+    op = torch.ops.lightning_indexer.lightning_indexer_out.default
+    outputs = dict(zip(("sparse_indices", "sparse_values"), args[3:]))
+    for name in ("sparse_indices", "sparse_values", "error_word"):
+        tensor = outputs.get(name, kwargs.get(name))
+        if tensor is None:
+            continue
+        torch._check(
+            not (tensor.requires_grad and torch.is_grad_enabled()),
+            lambda: f"{name} requires grad; it should not, or the call be under torch.no_grad()",
+        )
+        torch.autograd.graph.increment_version(tensor)
+    op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
 
 
 def _define(op, namespace, name, owns_namespace):
     _check(op.lidx_torch_define(namespace.encode(), name.encode(), owns_namespace))
     torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
-    if name != "npu_lightning_indexer":
-        # Integers have no gradient, so there is nothing for autograd to look at.
-        library = torch.library.Library(namespace, "IMPL")
-        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        _libraries.append(library)
+    if name == "npu_lightning_indexer":
+        return
+    # Integers and tensors that are filled have no gradient, so autograd has nothing to look at.
+    library = torch.library.Library(namespace, "IMPL")
+    library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    if name == "lightning_indexer_out":
+        library.impl(name, _count_writes, "ADInplaceOrView", with_keyset=True)
+    _libraries.append(library)
 
 
 def _alias(op, name):
@@ -217,7 +271,8 @@ def _register_all():
         _define(op, NAMESPACE, name, position == 0)
     for name in OPS:
         state[f"npu::{name}"] = _alias(op, name)
-    _define(op, NAMESPACE, "_dense", 0)
+    for name in ("lightning_indexer_out", "_dense"):
+        _define(op, NAMESPACE, name, 0)
 
 
 def _find_dense():
