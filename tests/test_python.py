@@ -107,6 +107,18 @@ def test_jax_arrays():
         check([numpy.asarray(a) for a in arrays], indices)
 
 
+def test_under_jax_jit():
+    jax = needs("jax")
+    call = lambda *arrays: lightning_indexer.lightning_indexer(*arrays, sparse_count=16)
+    arrays = [jax.device_put(a, jax.devices("cpu")[0]) for a in arguments()]
+    with pytest.raises(TypeError, match="query is a .*Tracer; it should be a torch.Tensor"):
+        jax.jit(call)(*arrays)
+    expected = call(*arrays)
+    back = jax.ShapeDtypeStruct(expected.shape, expected.dtype)
+    jitted = jax.jit(lambda *arrays: jax.pure_callback(call, back, *arrays))
+    assert (numpy.asarray(jitted(*arrays)) == numpy.asarray(expected)).all()
+
+
 class Other:
     """An array of a library that we have never heard of."""
 

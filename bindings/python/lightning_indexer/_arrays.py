@@ -68,12 +68,17 @@ def _from_dlpack(array, stream):
     return Borrowed(tensor, array, capsule)
 
 
+def _has_dlpack(array):
+    """Not so for JAX's tracers, which have one method of the two."""
+    return hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__")
+
+
 def _borrow(name, array, stream):
     if array is None:
         return None
     if isinstance(array, numpy.ndarray):
         return _from_numpy(name, array)
-    if hasattr(array, "__dlpack__"):
+    if _has_dlpack(array):
         return _from_dlpack(array, stream)
     raise TypeError(
         f"{name} is a {type(array).__name__}; it should be a torch.Tensor, a numpy.ndarray, or "
@@ -126,7 +131,7 @@ def _maker(query):
         raise RuntimeError("query is missing; it is a required argument")
     if isinstance(query, numpy.ndarray):
         return _NumpyMaker(query)
-    device_type = int(query.__dlpack_device__()[0]) if hasattr(query, "__dlpack__") else CPU
+    device_type = int(query.__dlpack_device__()[0]) if _has_dlpack(query) else CPU
     if device_type not in (CUDA, CUDA_MANAGED):
         return _NumpyMaker(query)
     if _package(query) == "cupy":
