@@ -106,6 +106,12 @@ static __device__ __forceinline__ uint32_t lane_id(void) {
     return threadIdx.x % LANES;
 }
 
+/* The first thread of this thread's warp: by it warps tell whether work that ends within the
+ * block's threads leaves them any. */
+static __device__ __forceinline__ uint32_t warp_begin(void) {
+    return threadIdx.x - lane_id();
+}
+
 static __device__ __forceinline__ uint32_t warp_inclusive(uint32_t x) {
 #pragma unroll
     for (uint32_t d = 1; d < LANES; d *= 2) {

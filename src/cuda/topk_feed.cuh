@@ -231,6 +231,11 @@ template <class Z> static __device__ __noinline__ void narrow_short(void) {
     __syncthreads();
 }
 
+/* Whether group g of a short row's scores, four a thread, has none for this thread's warp. */
+template <class Z> static __device__ __forceinline__ bool past_row(uint32_t g, uint32_t n) {
+    return 4 * (g * Z::THREADS + warp_begin()) >= n;
+}
+
 /* The row into registers, and its histogram. */
 template <class Z>
 static __device__ __forceinline__ void load_short(struct shared<Z> *s, uint32_t *key) {
@@ -241,20 +246,24 @@ static __device__ __forceinline__ void load_short(struct shared<Z> *s, uint32_t 
 #pragma unroll
     for (uint32_t g = 0; g < GROUPS; g++) {
         uint32_t i = 4 * (g * Z::THREADS + threadIdx.x);
-        x[g] = 4 * (g + 1) * Z::THREADS <= n ? __ldcg((const float4 *)(score + i))
-                                             : load4(score, i, n);
+        if (4 * (g * Z::THREADS + warp_begin() + LANES) <= n)
+            x[g] = __ldcg((const float4 *)(score + i));
+        else if (!past_row<Z>(g, n))
+            x[g] = load4(score, i, n);
     }
 #pragma unroll
     for (uint32_t g = 0; g < GROUPS; g++) {
+        if (past_row<Z>(g, n)) {
+            key[4 * g] = key[4 * g + 1] = key[4 * g + 2] = key[4 * g + 3] = KEY_MASKED;
+            continue;
+        }
         key[4 * g] = key_of(x[g].x);
         key[4 * g + 1] = key_of(x[g].y);
         key[4 * g + 2] = key_of(x[g].z);
         key[4 * g + 3] = key_of(x[g].w);
-        if (4 * g * Z::THREADS < n) {
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                atomicAdd(&s->hist[key[4 * g + i] >> 21], 1u);
-        }
+        for (int i = 0; i < 4; i++)
+            atomicAdd(&s->hist[key[4 * g + i] >> 21], 1u);
     }
     __syncthreads();
 }
@@ -262,7 +271,7 @@ static __device__ __forceinline__ void load_short(struct shared<Z> *s, uint32_t 
 /* The row in registers: histogram, threshold bin, and all candidates of it and the bins before. */
 template <class Z> static __device__ __noinline__ void feed_short(void) {
     struct shared<Z> *s = shared_memory<Z>();
-    const uint32_t top_k = s->row.top_k, GROUPS = SHORT / 4 / Z::THREADS;
+    const uint32_t n = s->row.n, top_k = s->row.top_k, GROUPS = SHORT / 4 / Z::THREADS;
     uint32_t key[GROUPS * 4];
     load_short(s, key);
     scan_hist(s, top_k, 1, 1);
@@ -275,13 +284,17 @@ template <class Z> static __device__ __noinline__ void feed_short(void) {
         return;
     }
 #pragma unroll
-    for (uint32_t i = 0; i < GROUPS * 4; i++)
-        take += key[i] <= edge;
+    for (uint32_t g = 0; g < GROUPS && !past_row<Z>(g, n); g++)
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++)
+            take += key[4 * g + i] <= edge;
     uint64_t *to = s->list + reserve(s, take);
 #pragma unroll
-    for (uint32_t i = 0; i < GROUPS * 4; i++)
-        if (key[i] <= edge)
-            *to++ = pair(key[i], 4 * (i / 4 * Z::THREADS + threadIdx.x) + i % 4);
+    for (uint32_t g = 0; g < GROUPS && !past_row<Z>(g, n); g++)
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++)
+            if (key[4 * g + i] <= edge)
+                *to++ = pair(key[4 * g + i], 4 * (g * Z::THREADS + threadIdx.x) + i);
     __syncthreads();
     if (count > WIDE_BIN)
         measure_last_bin<Z>();

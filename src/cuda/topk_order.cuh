@@ -97,7 +97,7 @@ static __device__ __forceinline__ void scatter(struct shared<Z> *s, uint32_t n_l
     /* A slot becomes the beginning and the size of the bucket that the thread has to sort. */
 #pragma unroll
     for (uint32_t i = 0; i < Z::ITEMS; i++) {
-        if (i % 2 == 0 && i * Z::THREADS >= n_list)
+        if (i * Z::THREADS + warp_begin() >= n_list)
             break;
         uint32_t bucket = slot[i] & 0xFFFF, word = s->counter[bucket / 4];
         uint32_t earlier = word & ~byte_up(ALL_BITS, bucket), base = s->base[bucket / 4];
@@ -111,7 +111,7 @@ static __device__ __forceinline__ void scatter(struct shared<Z> *s, uint32_t n_l
     __syncthreads();
 #pragma unroll
     for (uint32_t i = 0; i < Z::ITEMS; i++) {
-        if (i % 2 == 0 && i * Z::THREADS >= n_list)
+        if (i * Z::THREADS + warp_begin() >= n_list)
             break;
         if (slot[i])
             sort_few(s->list + (slot[i] & 0xFFFF), slot[i] >> 16);
@@ -225,7 +225,7 @@ static __device__ __forceinline__ void enter_all(struct shared<Z> *s, uint32_t n
                                                  uint32_t *slot, uint32_t *worst) {
 #pragma unroll
     for (uint32_t i = 0; i < Z::ITEMS; i += 2) {
-        if (i * Z::THREADS >= n_list)
+        if (i * Z::THREADS + warp_begin() >= n_list)
             break;
         uint32_t bucket[2];
 #pragma unroll
