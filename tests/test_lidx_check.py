@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """lidx check finds each way in which a result can be wrong."""
 
+import json
 import math
 import random
 
@@ -72,6 +73,7 @@ def take_worst(indices, values):
             ["row 0, slot 0", "got value"],
         ),
         (lambda indices, values: values.__setitem__(0, math.nan), False, ["row 0, slot"]),
+        (put(11, value=math.nan), False, ["row 0, slot 11", "got value nan"]),
         (put(4 * 12 + 8, index=3), False, ["row 4, slot 8", "should be -1"]),
         (put(4 * 12 + 8, value=0.0), False, ["row 4, slot 8", "-inf"]),
         (put(3 * 12, index=0), True, ["row 3, slot 0", "should be -1"]),
@@ -84,6 +86,19 @@ def test_check_finds(tmp_path, change, drop, words):
     for word in words:
         assert word in first, result.stdout
     assert "1 differ" in result.stdout
+
+
+def test_check_finds_the_value_of_an_only_slot(tmp_path):
+    result = mutated(tmp_path, put(0, value=1e9), k=1)
+    assert result.returncode == 1 and "row 0, slot 0: got value 1e+09" in result.stdout
+
+
+def test_check_names_its_file(tmp_path):
+    t, meta, _ = problem()
+    source, target = write(tmp_path / "in", t, meta), tmp_path / "out"
+    assert lidx("run", source, "-o", target).returncode == 0
+    report = json.loads(lidx("check", source, target, "--json").stdout)
+    assert report["file"] == str(source) and report["agree"] is True
 
 
 def test_check_finds_a_wrong_tie(tmp_path):

@@ -2,6 +2,7 @@
 """The other commands, the examples, and a captured model."""
 
 import json
+import math
 import pathlib
 import re
 import resource
@@ -37,7 +38,7 @@ def test_help_and_version():
 def test_info():
     report = json.loads(lidx("info", "--json").stdout)
     names = [kernel["name"] for kernel in report["kernels"]]
-    assert "scalar" in names and report["threads"] >= 1
+    assert "scalar" in names and report["threads"] >= 1 and "cpu_features" in report
     for which in ("chosen_bf16", "chosen_fp16"):
         assert sum(k[which] for k in report["kernels"] if k["backend"] == "cpu") == 1
     assert all(kernel["reason"] for kernel in report["kernels"])
@@ -48,13 +49,23 @@ def test_info():
 def test_kernel_by_environment():
     report = json.loads(lidx("run", CAPTURE, "--json", env={"LIDX_KERNEL": "scalar"}).stdout)
     assert report["kernel"] == "scalar"
-    refused(lidx("run", CAPTURE, env={"LIDX_KERNEL": "abacus"}), "abacus")
+    refused(lidx("run", CAPTURE, env={"LIDX_KERNEL": "abacus"}), "lidx run: ", "abacus")
 
 
-def test_run_prints_rows():
+def test_run_prints_rows(tmp_path):
     result = lidx("run", CAPTURE, "--threads", 1)
     assert result.returncode == 0 and result.stderr == ""
     assert result.stdout.startswith("row 0:") and "24 rows of 256 slots" in result.stdout
+    *rows, more, _ = result.stdout.splitlines()
+    assert more.startswith(f"... and {24 - len(rows)} rows more")
+    assert lidx("run", CAPTURE, "-o", tmp_path / "out").returncode == 0
+    tensors, _ = parse(tmp_path / "out")
+    indices = unpack("I32", tensors["sparse_indices"][2])
+    values = unpack("F32", tensors["sparse_values"][2])
+    for i, row in enumerate(rows):  # "row 1:  1020 (3.142)  17 (2.718) ..."
+        best, value = row.split(":")[1].split()[:2]
+        assert int(best) == indices[256 * i]
+        assert math.isclose(float(value.strip("()")), values[256 * i], rel_tol=1e-3)
     report = json.loads(lidx("run", CAPTURE, "--json").stdout)
     assert report["rows"] == 24 and report["pairs"] == sum(range(1001, 1025))
 

@@ -139,9 +139,27 @@ def test_special_numbers(tmp_path):
         for row in rows
     )
     t["key"] = ("BF16", [1, 5, 1, dim], content)
-    source, target = write(tmp_path / "in", t, {"sparse_count": "6"}), tmp_path / "out"
+    order = [2, 4, 0, 3, 1, -1]
     for kernel in kernels():
-        assert lidx("run", source, "-o", target, "--kernel", kernel).returncode == 0
-        assert unpack("I32", parse(target)[0]["sparse_indices"][2]) == [2, 4, 0, 3, 1, -1]
-        result = lidx("check", source, target)
-        assert result.returncode == 0, result.stdout
+        for count in (3, 4, 5, 6):  # the NaN is left out, or in
+            source = write(tmp_path / "in", t, {"sparse_count": str(count)})
+            target = tmp_path / "out"
+            assert lidx("run", source, "-o", target, "--kernel", kernel).returncode == 0
+            assert unpack("I32", parse(target)[0]["sparse_indices"][2]) == order[:count]
+            result = lidx("check", source, target)
+            assert result.returncode == 0, result.stdout
+
+
+def test_denormals_of_fp16(tmp_path):
+    """Query, keys and weights below 2^-14: whole multiples of 2^-24, read as what they are."""
+    t = {
+        "query": ("F16", [1, 1, 1, 64], pack("F16", [3 * 2.0**-24] + [1.0] * 63)),
+        "key": ("F16", [1, 4, 1, 64], b"".join(pack("F16", [x] + [0] * 63) for x in (1, 4, 2, 3))),
+        "weights": ("F16", [1, 1, 1], pack("F16", [5 * 2.0**-24])),
+    }
+    source, target = write(tmp_path / "in", t, {"sparse_count": "4"}), tmp_path / "out"
+    assert lidx("run", source, "-o", target).returncode == 0
+    tensors, _ = parse(target)
+    assert unpack("I32", tensors["sparse_indices"][2]) == [1, 3, 2, 0]
+    assert unpack("F32", tensors["sparse_values"][2]) == [15 * n * 2.0**-48 for n in (4, 3, 2, 1)]
+    assert lidx("check", source, target).returncode == 0
