@@ -69,8 +69,7 @@ static void make_setting(struct rng *rng, struct setting *s) {
     if (rng_below(rng, 2))
         line->row_end =
             line->row_begin + 1 + rng_below(rng, (uint32_t)(s->n_rows - line->row_begin));
-    s->batch_begin = p->query_packed ? 0 : (int32_t)(line->row_begin / p->n_query);
-    s->batch_end = (int32_t)(p->query_packed ? p->n_batch : (line->row_end - 1) / p->n_query + 1);
+    batches_of_line(p, line, &s->batch_begin, &s->batch_end);
 }
 
 static void find_visible(const struct setting *s) {

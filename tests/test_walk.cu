@@ -137,9 +137,7 @@ template <class S> static void check_walks(const struct slab *slab, int one_item
     a->p = slab->p;
     a->line = {slab->row_begin, slab->row_end, __builtin_ctz(S::BLOCK), S::CHARGE};
     a->scores_stride = slab->scores_stride;
-    const struct problem *p = &slab->p;
-    a->batch_begin = p->query_packed ? 0 : (int32_t)(slab->row_begin / p->n_query);
-    a->batch_end = (int32_t)(p->query_packed ? p->n_batch : (slab->row_end - 1) / p->n_query + 1);
+    batches_of_line(&a->p, &a->line, &a->batch_begin, &a->batch_end);
     bool may = one_item_each<S>(slab, a->batch_end - a->batch_begin);
     if (one_item && !may)
         return;

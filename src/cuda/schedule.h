@@ -16,7 +16,9 @@
 
 enum { TILE_KEYS = 64, TILE_SHIFT = 6 };
 
-/* The part of a slab that lies in one batch. Lengths fit 32 bits with 2 * TILE_KEYS to spare. */
+/* The part of a slab that lies in one batch. Lengths fit 32 bits, and sums of them here do while
+ * they keep 2 * TILE_KEYS from the limit: the Hopper kernel takes no others, and for the portable
+ * one they take a row of 8 GiB of scores. */
 struct batch_part {
     int32_t query_begin; /* row of the batch's query 0 in the query tensor's batch */
     int32_t key_begin;
@@ -55,6 +57,13 @@ LIDX_INLINE void segment32(const int32_t *lengths, int packed, int32_t limit, in
     int32_t last = lengths ? clamp32(lengths[b], first, limit) : limit;
     *begin = first;
     *length = last - first;
+}
+
+/* Batches [*begin, *end): no other has rows in the slab. */
+LIDX_INLINE void batches_of_line(const struct problem *p, const struct line *line, int32_t *begin,
+                                 int32_t *end) {
+    *begin = p->query_packed ? 0 : (int32_t)(line->row_begin / p->n_query);
+    *end = (int32_t)(p->query_packed ? p->n_batch : (line->row_end - 1) / p->n_query + 1);
 }
 
 LIDX_INLINE struct batch_part part_of_batch(const struct problem *p, const struct line *line,

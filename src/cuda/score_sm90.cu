@@ -177,9 +177,7 @@ template <class T, class S> int launch(const struct slab *slab, cudaStream_t str
     a.line = {slab->row_begin, slab->row_end, __builtin_ctz(S::BLOCK), S::CHARGE};
     a.scores = slab->scores;
     a.scores_stride = slab->scores_stride;
-    a.batch_begin = slab->p.query_packed ? 0 : (int32_t)(slab->row_begin / slab->p.n_query);
-    a.batch_end = slab->p.query_packed ? (int32_t)slab->p.n_batch
-                                       : (int32_t)((slab->row_end - 1) / slab->p.n_query + 1);
+    batches_of_line(&a.p, &a.line, &a.batch_begin, &a.batch_end);
     a.one_item = one_item_each<S>(slab, a.batch_end - a.batch_begin);
     a.piece_shift = key_piece_shift(&slab->p);
     a.page_shift = page_shift(&slab->p);
