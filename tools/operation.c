@@ -66,7 +66,7 @@ const struct option engine_options[] = {
      .low = 0,
      .high = LIDX_MAX_THREADS,
      .value = "N",
-     .help = "CPU threads; 0, the default, means all"},
+     .help = "CPU threads; 0, the default, means as many as OpenMP has"},
     {.name = NULL},
 };
 
