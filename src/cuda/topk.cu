@@ -19,10 +19,10 @@
  * data: several blocks order and write a part of the row each. In part_kernel, rows of up to SHORT
  * keys, every block reads the whole row; in deal_row, SM90 to 110, a cluster's blocks deal it out.
  *
- * topk_block.cuh holds what a block works with, topk_order.cuh the ordering, topk_feed.cuh what
- * fills the list, topk_guess.cuh and topk_deal.cuh how a cluster deals a row out, topk_cluster.cuh
- * what else it does, topk_parts.cuh what the parts of short rows are, topk_row.cuh how a row begins
- * and ends; the other kernels and what launches them are here.
+ * topk_block.cuh holds what a block works with, topk_order.cuh the ordering, topk_feed.cuh and
+ * topk_exact.cuh what fills the list, topk_guess.cuh and topk_deal.cuh how a cluster deals a row
+ * out, topk_cluster.cuh what else it does, topk_parts.cuh what the parts of short rows are,
+ * topk_row.cuh how a row begins and ends; the other kernels and what launches them are here.
  */
 #include <cuda_runtime.h>
 
@@ -132,6 +132,41 @@ static __device__ __forceinline__ void gather(struct shared<Z> *s, const uint64_
     __syncthreads();
 }
 
+/* Tells how many candidates this block's region holds. True in the last of a row's `busy` blocks to
+ * do so, which sees what all have written. */
+template <class Z>
+static __device__ __forceinline__ bool arrive(struct shared<Z> *s, uint64_t *region,
+                                              uint32_t *found, uint32_t *arrived, uint32_t busy) {
+    /* What gather reads early is written in any case. */
+    for (uint32_t j = s->n_list + threadIdx.x; j < EARLY * LANES * sharing_warps<Z>(busy);
+         j += Z::THREADS)
+        region[j] = 0;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        *found = s->n_list;
+        __threadfence();
+        s->flag = atomicAdd(arrived, 1u) + 1 == busy;
+        __threadfence();
+    }
+    __syncthreads();
+    return s->flag;
+}
+
+/* An empty list and histogram for gather, and the row's counter as the next launch wants it. */
+template <class Z>
+static __device__ __forceinline__ void begin_gather(struct shared<Z> *s, uint32_t *arrived,
+                                                    uint32_t edge) {
+    __syncthreads();
+    zero<Z, BINS>(s->hist);
+    if (threadIdx.x == 0) {
+        *arrived = 0;
+        s->n_list = 0;
+        s->flag = 0;
+        s->last_low = s->last_high = edge;
+    }
+    __syncthreads();
+}
+
 /* Several blocks, one row: each takes the same sample, so they agree on the threshold without a
  * word; the last to arrive, whichever it is, orders what all have found. Nobody waits. */
 template <class Z>
@@ -163,29 +198,9 @@ static __global__ void __launch_bounds__(Z::THREADS, 1)
     uint32_t edge = sampled_edge(s, score, n, p->top_k);
     if (edge != KEY_MASKED)
         filter_part(s, region + block * SPLIT_ROOM, score, begin, end, ahead, score_of(edge));
-    /* What is read early is written in any case. */
-    for (uint32_t j = s->n_list + threadIdx.x; j < EARLY * LANES * sharing_warps<Z>(busy);
-         j += Z::THREADS)
-        region[block * SPLIT_ROOM + j] = 0;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        found[block] = s->n_list;
-        __threadfence();
-        s->flag = atomicAdd(l.arrived + number, 1u) + 1 == busy;
-        __threadfence();
-    }
-    __syncthreads();
-    if (!s->flag)
+    if (!arrive(s, region + block * SPLIT_ROOM, found + block, l.arrived + number, busy))
         return;
-    __syncthreads();
-    zero<Z, BINS>(s->hist);
-    if (threadIdx.x == 0) {
-        l.arrived[number] = 0;
-        s->n_list = 0;
-        s->flag = 0;
-        s->last_low = s->last_high = edge;
-    }
-    __syncthreads();
+    begin_gather(s, l.arrived + number, edge);
     if (edge != KEY_MASKED)
         gather(s, region, found, busy, edge);
     uint32_t n_list = s->n_list;

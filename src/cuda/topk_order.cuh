@@ -143,16 +143,14 @@ template <class Z> static __device__ void sort_network(struct shared<Z> *s, uint
 
 enum { SPLITTERS = 256, TOO_MANY = 512 };
 
-/* Orders a list whose values are spread too unevenly for buckets by value: parts between splitters
- * that are members of the list themselves, so that what is dense is cut fine; equal scores have
- * different positions and are cut like all others. Each member then counts those before it. */
-template <class Z> static __device__ __noinline__ void order_crowded(void) {
-    struct shared<Z> *s = shared_memory<Z>();
-    const uint32_t n_list = s->n_list, share = SPLITTERS * SPLITTERS / Z::THREADS;
+/* Draws members of the list and puts them in order: the splitters, which it returns. Leaves the
+ * histogram, which it uses, at zero. */
+template <class Z>
+static __device__ __forceinline__ const uint64_t *draw_splitters(struct shared<Z> *s,
+                                                                 uint32_t n_list) {
+    const uint32_t share = SPLITTERS * SPLITTERS / Z::THREADS;
     uint64_t *drawn = (uint64_t *)s->counter, *splitter = drawn + SPLITTERS;
-    uint32_t *end = s->hist, *rank = end + BINS / 2; /* of each part, of each splitter */
-    uint64_t item[Z::ITEMS];
-    uint32_t part[Z::ITEMS];
+    uint32_t *rank = s->hist + BINS / 2; /* of each splitter */
     __syncthreads();
     zero<Z, BINS>(s->hist);
     if (threadIdx.x == 0)
@@ -168,16 +166,24 @@ template <class Z> static __device__ __noinline__ void order_crowded(void) {
     __syncthreads();
     if (threadIdx.x < SPLITTERS) {
         splitter[rank[mine]] = x;
-        rank[mine] = 0; /* lies where scan_hist will sum */
+        rank[mine] = 0;
     }
     __syncthreads();
+    return splitter;
+}
+
+/* The list into registers; of each member, by halving, its part: how many splitters are at or
+ * before it. Counts the members of each part; crowded, if one has too many. */
+template <class Z>
+static __device__ __forceinline__ void find_parts(struct shared<Z> *s, uint32_t n_list,
+                                                  const uint64_t *splitter, uint64_t *item,
+                                                  uint32_t *part) {
 #pragma unroll
     for (uint32_t i = 0; i < Z::ITEMS; i++) {
         uint32_t j = i * Z::THREADS + threadIdx.x;
         item[i] = j < n_list ? s->list[j] : 0;
         part[i] = 0;
     }
-    /* Halving: how many splitters are at or before an item. */
 #pragma unroll 1
     for (uint32_t step = SPLITTERS / 2; step; step /= 2)
 #pragma unroll
@@ -186,15 +192,17 @@ template <class Z> static __device__ __noinline__ void order_crowded(void) {
 #pragma unroll
     for (uint32_t i = 0; i < Z::ITEMS; i++) {
         part[i] += splitter[part[i]] <= item[i];
-        if (i * Z::THREADS + threadIdx.x < n_list && atomicAdd(&end[part[i]], 1u) >= TOO_MANY)
+        if (i * Z::THREADS + threadIdx.x < n_list && atomicAdd(&s->hist[part[i]], 1u) >= TOO_MANY)
             s->crowded = 1;
     }
     __syncthreads();
-    if (s->crowded) {
-        sort_network(s, n_list);
-        return;
-    }
-    scan_hist(s, 1, 0);
+}
+
+/* Moves each member to its part; there it counts those before it, and so finds its place. */
+template <class Z>
+static __device__ __forceinline__ void place_in_parts(struct shared<Z> *s, uint32_t n_list,
+                                                      const uint64_t *item, uint32_t *part) {
+    uint32_t *end = s->hist; /* where each part ends, once its members have moved there */
 #pragma unroll
     for (uint32_t i = 0; i < Z::ITEMS; i++)
         if (i * Z::THREADS + threadIdx.x < n_list)
@@ -215,6 +223,24 @@ template <class Z> static __device__ __noinline__ void order_crowded(void) {
         if (i * Z::THREADS + threadIdx.x < n_list)
             s->list[part[i]] = item[i];
     __syncthreads();
+}
+
+/* Orders a list whose values are spread too unevenly for buckets by value: parts between splitters
+ * that are members of the list themselves, so that what is dense is cut fine; equal scores have
+ * different positions and are cut like all others. */
+template <class Z> static __device__ __noinline__ void order_crowded(void) {
+    struct shared<Z> *s = shared_memory<Z>();
+    const uint32_t n_list = s->n_list;
+    uint64_t item[Z::ITEMS];
+    uint32_t part[Z::ITEMS];
+    const uint64_t *splitter = draw_splitters(s, n_list);
+    find_parts(s, n_list, splitter, item, part);
+    if (s->crowded) {
+        sort_network(s, n_list);
+        return;
+    }
+    scan_hist(s, 1, 0);
+    place_in_parts(s, n_list, item, part);
 }
 
 /* All candidates into registers and their buckets, in pairs so that one's latency covers the
