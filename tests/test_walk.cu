@@ -2,8 +2,8 @@
  *
  * How the Hopper kernel's producer warps find and walk their runs, on emulated warps: over random
  * lengths (hostile ones too), layouts and slabs, the walks of all CTAs together come to every
- * visible (query row, key tile) of the slab exactly once, by the short way of batches that are one
- * item each as by the general one. What schedule.h computes is test_schedule's.
+ * visible (query row, key tile) of the slab exactly once, in the lean form as in the general one.
+ * What schedule.h computes is test_schedule's.
  */
 #include <cuda_runtime.h>
 
@@ -19,9 +19,9 @@ enum {
     WARPS = 2,
 };
 
-template <int BLOCK_, int CHARGE_, bool DECODE_> struct shape {
+template <int BLOCK_, int CHARGE_, bool LEAN_ = false> struct shape {
     static constexpr int BLOCK = BLOCK_, CHARGE = CHARGE_;
-    static constexpr bool DECODE = DECODE_;
+    static constexpr bool LEAN = LEAN_;
 };
 
 struct launch {
@@ -30,7 +30,7 @@ struct launch {
 
 static int32_t query_lengths[MAX_BATCH], key_lengths[MAX_BATCH];
 static uint8_t covered[MAX_ROWS][MAX_TILES];
-static long passed, failed, short_ways, large_chunks;
+static long passed, failed, lean_walks, large_chunks;
 
 static void check(bool holds, const char *what, long number) {
     passed += holds;
@@ -62,7 +62,7 @@ template <class S> static void walk_all(struct launch l) {
     }
     if (threadIdx.x >= 32)
         return;
-    struct walk w = a.one_item ? find_run<S, true>(a, chunks) : find_run<S, false>(a, chunks);
+    struct walk w = S::LEAN ? find_lean_run(a) : find_run<S>(a, chunks);
     while (walk_next<S>(a, w)) {
         uint32_t mine = (uint32_t)((w.next.batch * 31 + w.query) * 31 + w.begin) * 31 + w.end;
         splits += __shfl_sync(0xffffffffu, mine, 0) != mine;
@@ -86,16 +86,17 @@ static int64_t fill_lengths(int32_t *lengths, int64_t n, int32_t most, bool pack
 }
 
 /* Returns false where there is nothing to walk. */
-template <class S> static bool make_slab(struct slab *slab) {
+static bool make_slab(struct slab *slab, int32_t block) {
     struct problem *p = &slab->p;
     memset(slab, 0, sizeof *slab);
     p->n_batch = 1 + below(below(3) ? 40 : MAX_BATCH);
-    int32_t most_query = 1 + below(S::DECODE ? S::BLOCK : MAX_QUERY);
+    int32_t most_query = 1 + below(below(2) ? block : MAX_QUERY);
     while (most_query * p->n_batch > MAX_ROWS)
         most_query /= 2;
     int32_t most_key = 1 + below(below(2) ? MAX_KEY : 100);
     p->query_packed = below(3) == 0;
     p->key_packed = p->query_packed && below(2);
+    p->page_size = p->key_packed ? 0 : TILE_KEYS << below(3);
     p->sparse_mode = below(3) ? 3 : 0;
     int64_t queries = fill_lengths(query_lengths, p->n_batch, most_query, p->query_packed);
     int64_t keys = fill_lengths(key_lengths, p->n_batch, most_key, p->key_packed);
@@ -130,7 +131,7 @@ static void check_covered(const struct slab *slab, long number) {
     check(!wrong, "visible tiles of the slab are not come to once", number);
 }
 
-template <class S> static void check_walks(const struct slab *slab, int one_item, long number) {
+template <class S> static void check_walks(const struct slab *slab, long number) {
     static struct launch l;
     struct arguments *a = &l.a;
     memset(&l, 0, sizeof l);
@@ -138,11 +139,7 @@ template <class S> static void check_walks(const struct slab *slab, int one_item
     a->line = {slab->row_begin, slab->row_end, __builtin_ctz(S::BLOCK), S::CHARGE};
     a->scores_stride = slab->scores_stride;
     batches_of_line(&a->p, &a->line, &a->batch_begin, &a->batch_end);
-    bool may = one_item_each<S>(slab, a->batch_end - a->batch_begin);
-    if (one_item && !may)
-        return;
-    a->one_item = one_item;
-    short_ways += one_item;
+    lean_walks += S::LEAN;
     large_chunks += chunk_size(*a) > LANE_BATCHES;
     memset(covered, 0, sizeof covered);
     cudaLaunchConfig_t c = {};
@@ -154,23 +151,24 @@ template <class S> static void check_walks(const struct slab *slab, int one_item
     check(splits == 0, "lanes of a warp walk differently", number);
 }
 
-template <class S> static void check_setting(long number) {
+template <int BLOCK, int CHARGE> static void check_setting(long number) {
     static struct slab slab;
-    if (!make_slab<S>(&slab))
+    if (!make_slab(&slab, BLOCK))
         return;
-    check_walks<S>(&slab, 0, number);
-    check_walks<S>(&slab, 1, number);
+    check_walks<shape<BLOCK, CHARGE>>(&slab, number);
+    if (is_lean<shape<BLOCK, CHARGE, true>>(&slab))
+        check_walks<shape<BLOCK, CHARGE, true>>(&slab, number);
 }
 
 int main(void) {
     srand(1);
     for (long number = 0; number < SETTINGS; number += 4) {
-        check_setting<shape<1, 1, true>>(number);
-        check_setting<shape<2, 2, true>>(number + 1);
-        check_setting<shape<8, 1, true>>(number + 2);
-        check_setting<shape<4, 2, false>>(number + 3);
+        check_setting<1, 1>(number);
+        check_setting<2, 2>(number + 1);
+        check_setting<8, 1>(number + 2);
+        check_setting<4, 2>(number + 3);
     }
-    check(short_ways > SETTINGS / 8, "the short way was seldom gone", SETTINGS);
+    check(lean_walks > SETTINGS / 8, "lean walks were rare", SETTINGS);
     check(large_chunks > SETTINGS / 50, "large chunks were rare", SETTINGS);
     printf("%ld passed, %ld failed\n", passed, failed);
     return failed != 0;

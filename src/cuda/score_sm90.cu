@@ -50,8 +50,7 @@ __device__ __forceinline__ void feed(const struct arguments &a, struct shared_me
                                      const CUtensorMap *query_map, const CUtensorMap *key_map) {
     int warp = threadIdx.x / 32 % 4; /* by a shuffle it would cost prefill 4 percent */
     if (warp < 2) {
-        struct walk w = S::DECODE && a.one_item ? find_run<S, S::DECODE>(a, s.chunks)
-                                                : find_run<S, false>(a, s.chunks);
+        struct walk w = S::LEAN ? find_lean_run(a) : find_run<S>(a, s.chunks);
         named_barrier(BARRIER_FEED, 3 * 32);
         if (warp == 0)
             feed_tensors<S>(a, s, query_map, key_map, w);
@@ -66,8 +65,8 @@ __device__ __forceinline__ void feed(const struct arguments &a, struct shared_me
         init_barriers<S>(s);
         named_barrier_arrive(BARRIER_FEED, 3 * 32);
         named_barrier_arrive(BARRIER_CONSUME, CONSUMERS * WARPGROUP + 32);
-    } else if (S::DECODE && a.p.page_size) {
-        prefetch_table(a);
+    } else if (S::LEAN || (S::DECODE && a.p.page_size)) {
+        prefetch_table<S>(a);
     }
 }
 
@@ -79,8 +78,9 @@ __global__ void __launch_bounds__(THREADS, 1)
     extern __shared__ __align__(1024) uint8_t raw[];
     struct shared_memory<S> &s = *(struct shared_memory<S> *)raw;
     long long begin = clock64();
-    allow_next_kernel();
-    if (chunk_size(a) > LANE_BATCHES) {
+    if (!S::LEAN) /* there feed_items does */
+        allow_next_kernel();
+    if (!S::LEAN && chunk_size(a) > LANE_BATCHES) {
         sum_chunks<THREADS / 32>(a, s.chunks);
         __syncthreads();
     }
@@ -178,7 +178,6 @@ template <class T, class S> int launch(const struct slab *slab, cudaStream_t str
     a.scores = slab->scores;
     a.scores_stride = slab->scores_stride;
     batches_of_line(&a.p, &a.line, &a.batch_begin, &a.batch_end);
-    a.one_item = one_item_each<S>(slab, a.batch_end - a.batch_begin);
     a.piece_shift = key_piece_shift(&slab->p);
     a.page_shift = page_shift(&slab->p);
     a.cycles = cycle_counter;
@@ -211,15 +210,23 @@ int item_columns(const struct problem *p) {
     return columns <= 128 && p->n_heads >= 64 ? 128 : 256;
 }
 
+template <class T, int HEADS, int DIM, int COLUMNS>
+int launch_decode(const struct slab *s, cudaStream_t stream) {
+    typedef shape<HEADS, DIM, COLUMNS, true> lean;
+    if (is_lean<lean>(s))
+        return launch<T, lean>(s, stream);
+    return launch<T, shape<HEADS, DIM, COLUMNS>>(s, stream);
+}
+
 template <class T, int HEADS, int DIM>
 int launch_columns(const struct slab *s, cudaStream_t stream) {
     int columns = item_columns(&s->p);
     if constexpr (HEADS <= 64)
         if (columns == 64)
-            return launch<T, shape<HEADS, DIM, 64>>(s, stream);
+            return launch_decode<T, HEADS, DIM, 64>(s, stream);
     if constexpr (HEADS >= 64)
         if (columns == 128)
-            return launch<T, shape<HEADS, DIM, 128>>(s, stream);
+            return launch_decode<T, HEADS, DIM, 128>(s, stream);
     return launch<T, shape<HEADS, DIM, 256>>(s, stream);
 }
 

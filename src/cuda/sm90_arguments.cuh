@@ -18,7 +18,6 @@ struct arguments {
     int32_t batch_end;
     int32_t piece_shift; /* log2 of the keys that one TMA box brings */
     unsigned long long *cycles;
-    int32_t one_item;   /* each batch is one whole item at most: see find_run */
     int32_t page_shift; /* log2 of the boxes of a page; -1 if it is no power of two */
 };
 

@@ -136,7 +136,7 @@ template <class T, class S>
 __device__ void consume(const struct arguments &a, struct shared_memory<S> &s, int group) {
     int thread = threadIdx.x & (WARPGROUP - 1), warp = thread >> 5, lane = thread & 31;
     int64_t group_stride = 4 * a.scores_stride;
-    bool paged = a.p.page_size != 0;
+    bool paged = S::LEAN || a.p.page_size != 0;
     uint32_t warp_bit = 1u << warp;
     struct ring queries = {0, 0}, keys = {group, 0};
     int32_t turn = 0; /* whose is the next tile */

@@ -29,19 +29,28 @@ __device__ __forceinline__ void load_query(const struct arguments &a, struct sha
                 map, full, half * 64, 0, w.part.query_begin + w.query + 4 * group, 0, batch);
 }
 
-/* Which page of its batch holds a key. Division takes long at the head of a decode launch. */
+/* Log2 of the keys that one TMA box brings. */
+template <class S> __device__ __forceinline__ int32_t piece_shift(const struct arguments &a) {
+    return S::LEAN ? TILE_SHIFT : a.piece_shift;
+}
+
+/* Whether keys are divided into pages without division, which takes long at the head of decode. */
+template <class S> __device__ __forceinline__ bool has_page_shift(const struct arguments &a) {
+    return S::LEAN || (S::DECODE && a.page_shift >= 0);
+}
+
+/* Which page of its batch holds a key. */
 template <class S>
 __device__ __forceinline__ int32_t page_of_key(const struct arguments &a, int32_t key) {
-    if (S::DECODE && a.page_shift >= 0)
-        return key >> (a.page_shift + a.piece_shift);
-    return key / a.p.page_size;
+    return has_page_shift<S>(a) ? key >> (a.page_shift + piece_shift<S>(a)) : key / a.p.page_size;
 }
 
 /* Brings the page table into L2, as far as 4 KiB a CTA reach: ids are then there a trip to memory
  * sooner when the lengths say which ones are wanted. None is read here. */
-__device__ __forceinline__ void prefetch_table(const struct arguments &a) {
+template <class S> __device__ __forceinline__ void prefetch_table(const struct arguments &a) {
     const uint32_t LINE = 128;
-    uint32_t row_bytes = (uint32_t)(a.p.n_key / a.p.page_size) * (uint32_t)sizeof(int32_t);
+    uint32_t row_bytes =
+        (uint32_t)page_of_key<S>(a, (int32_t)a.p.n_key) * (uint32_t)sizeof(int32_t);
     uint32_t lines = (row_bytes + LINE - 1) / LINE, which = blockIdx.x * 32 + (threadIdx.x & 31);
     if (!lines || a.batch_begin + which / lines >= (uint32_t)a.batch_end)
         return;
@@ -55,7 +64,7 @@ __device__ __forceinline__ void prefetch_table(const struct arguments &a) {
 template <class S>
 __device__ __forceinline__ int32_t load_page(const struct arguments &a, const struct walk &w,
                                              int32_t piece) {
-    int64_t key = (int64_t)(piece + (threadIdx.x & 31)) << a.piece_shift;
+    int64_t key = (int64_t)(piece + (threadIdx.x & 31)) << piece_shift<S>(a);
     if (key >= w.part.n_key || key >= (int64_t)w.end << TILE_SHIFT)
         return -1;
     const void *table =
@@ -73,11 +82,10 @@ struct pages {
 template <class S>
 __device__ __forceinline__ struct pages place_pages(const struct arguments &a, int32_t piece,
                                                     int32_t id) {
-    int32_t key = (piece + (threadIdx.x & 31)) << a.piece_shift;
+    int32_t key = (piece + (threadIdx.x & 31)) << piece_shift<S>(a);
     bool wrong = id < 0 || id >= (int32_t)a.p.n_pages;
-    int32_t row = S::DECODE && a.page_shift >= 0
-                      ? key & (a.p.page_size - 1)
-                      : (int32_t)((uint32_t)key % (uint32_t)a.p.page_size);
+    int32_t row = has_page_shift<S>(a) ? key & (a.p.page_size - 1)
+                                       : (int32_t)((uint32_t)key % (uint32_t)a.p.page_size);
     return {id, row, __ballot_sync(0xffffffffu, wrong)};
 }
 
@@ -110,49 +118,71 @@ __device__ __forceinline__ void load_dense_keys(const struct arguments &a,
     }
 }
 
+template <class S>
 __device__ __forceinline__ int32_t first_piece(const struct arguments &a, const struct walk &w) {
-    return w.begin << (TILE_SHIFT - a.piece_shift);
+    return w.begin << (TILE_SHIFT - piece_shift<S>(a));
 }
 
-/* PIECES of a tile; a page id and a row for each. One lane issues all boxes of a tile at once.
- * `next` is the lane's page of the item's first 32 pieces. */
+/* A lane's way along the page table of an item. */
+struct page_walk {
+    struct pages pages; /* 32 of them */
+    int32_t slot;       /* the next tile's first */
+    int32_t next;       /* the lane's page of the next 32 */
+};
+
+/* PIECES of a tile; a page id and a row for each. One lane issues all boxes of a tile at once. */
+template <class S, int PIECES>
+__device__ __forceinline__ void
+load_paged_tile(const struct arguments &a, struct shared_memory<S> &s, const CUtensorMap *map,
+                const struct walk &w, struct ring &keys, struct page_walk &p, int32_t tile,
+                uint64_t policy) {
+    constexpr int BOXES = PIECES == 1 ? 1 : S::HALVES; /* of a piece */
+    uint32_t full = smem_address(&s.key_full[keys.place]);
+    uint32_t destination = smem_address(s.key[keys.place]);
+    if (p.slot == 32) {
+        p.slot = 0;
+        p.pages = place_pages<S>(a, tile * PIECES, p.next);
+        p.next = load_page<S>(a, w, tile * PIECES + 32);
+    }
+    int32_t id[PIECES], row[PIECES];
+#pragma unroll
+    for (int piece = 0; piece < PIECES; piece++) {
+        id[piece] = __shfl_sync(0xffffffffu, p.pages.id, p.slot + piece);
+        row[piece] = __shfl_sync(0xffffffffu, p.pages.row, p.slot + piece);
+    }
+    barrier_wait(smem_address(&s.key_empty[keys.place]), keys.phase ^ 1);
+    if (elect_one()) {
+        s.masked[keys.place] = spread_mask<PIECES>(p.pages.masked >> p.slot);
+        barrier_expect(full, S::KEY_BYTES);
+#pragma unroll
+        for (int piece = 0; piece < PIECES; piece++)
+#pragma unroll
+            for (int box = 0; box < BOXES; box++)
+                tma_load_4d<S::KEEP_KEYS>(
+                    destination + (box * TILE_KEYS + piece * (TILE_KEYS / PIECES)) * 128, map, full,
+                    0, row[piece], box, id[piece], policy);
+    }
+    __syncwarp();
+    p.slot += PIECES;
+    ring_step<S::STAGES, 1>(keys);
+}
+
+/* `next` is the lane's page of the item's first 32 pieces. */
 template <class S, int PIECES>
 __device__ __forceinline__ void
 load_paged_keys(const struct arguments &a, struct shared_memory<S> &s, const CUtensorMap *map,
                 const struct walk &w, struct ring &keys, int32_t next) {
-    constexpr int BOXES = PIECES == 1 ? 1 : S::HALVES; /* of a piece */
     uint64_t policy = cache_policy<S::KEEP_KEYS>();
-    struct pages pages;
-    int32_t slot = 32;
-    for (int32_t tile = w.begin; tile < w.end; tile++) {
-        uint32_t full = smem_address(&s.key_full[keys.place]);
-        uint32_t destination = smem_address(s.key[keys.place]);
-        if (slot == 32) {
-            slot = 0;
-            pages = place_pages<S>(a, tile * PIECES, next);
-            next = load_page<S>(a, w, tile * PIECES + 32);
-        }
-        int32_t id[PIECES], row[PIECES];
-#pragma unroll
-        for (int piece = 0; piece < PIECES; piece++) {
-            id[piece] = __shfl_sync(0xffffffffu, pages.id, slot + piece);
-            row[piece] = __shfl_sync(0xffffffffu, pages.row, slot + piece);
-        }
-        barrier_wait(smem_address(&s.key_empty[keys.place]), keys.phase ^ 1);
-        if (elect_one()) {
-            s.masked[keys.place] = spread_mask<PIECES>(pages.masked >> slot);
-            barrier_expect(full, S::KEY_BYTES);
-#pragma unroll
-            for (int piece = 0; piece < PIECES; piece++)
-#pragma unroll
-                for (int box = 0; box < BOXES; box++)
-                    tma_load_4d<S::KEEP_KEYS>(
-                        destination + (box * TILE_KEYS + piece * (TILE_KEYS / PIECES)) * 128, map,
-                        full, 0, row[piece], box, id[piece], policy);
-        }
-        __syncwarp();
-        slot += PIECES;
-        ring_step<S::STAGES, 1>(keys);
+    struct page_walk p;
+    p.slot = 32;
+    p.next = next;
+    if constexpr (S::LEAN) {
+#pragma unroll 1 /* what is read first comes from memory */
+        for (int32_t tile = w.begin; tile < w.end; tile++)
+            load_paged_tile<S, PIECES>(a, s, map, w, keys, p, tile, policy);
+    } else {
+        for (int32_t tile = w.begin; tile < w.end; tile++)
+            load_paged_tile<S, PIECES>(a, s, map, w, keys, p, tile, policy);
     }
 }
 
@@ -171,10 +201,12 @@ __device__ __forceinline__ void feed_tensors(const struct arguments &a, struct s
                 barrier_arrive(smem_address(&s.query_full[queries.place]));
             break;
         }
-        int32_t page = a.p.page_size ? load_page<S>(a, w, first_piece(a, w)) : 0;
+        int32_t page = S::LEAN || a.p.page_size ? load_page<S>(a, w, first_piece<S>(a, w)) : 0;
         load_query<S>(a, s, query_map, w, queries.place);
         __syncwarp();
-        if (!a.p.page_size)
+        if constexpr (S::LEAN)
+            load_paged_keys<S, 1>(a, s, key_map, w, keys, page);
+        else if (!a.p.page_size)
             load_dense_keys<S>(a, s, key_map, w, keys);
         else if (a.piece_shift == 6)
             load_paged_keys<S, 1>(a, s, key_map, w, keys, page);
@@ -250,6 +282,8 @@ __device__ __forceinline__ void feed_items(const struct arguments &a, struct sha
         barrier_arrive(smem_address(&s.query_full[place]));
         ring_step<2, 1>(queries);
     } while (more);
+    if (S::LEAN)
+        allow_next_kernel();
 }
 
 } // namespace

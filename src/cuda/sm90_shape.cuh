@@ -24,8 +24,11 @@ enum {
     BARRIER_CONSUME = 4,
 };
 
-/* What an instance fixes: heads, head_dim, columns of an item. */
-template <int HEADS_, int DIM_, int COLUMNS_> struct shape {
+/* What an instance fixes: heads, head_dim, columns of an item. LEAN: decode as it mostly is,
+ * without the code for what else there may be (see is_lean), which costs time at the head of a
+ * launch. */
+template <int HEADS_, int DIM_, int COLUMNS_, bool LEAN_ = false> struct shape {
+    static constexpr bool LEAN = LEAN_;
     static constexpr int HEADS = HEADS_;
     static constexpr int DIM = DIM_;
     static constexpr int COLUMNS = COLUMNS_;
