@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         mbarrier_init(smem_address(&state->empty[threadIdx.x]), WARPS);
     }
     allow_next_kernel();
-    find_run(&s.p, &plan.line, state);
+    find_run(&s, &plan.line, state);
     struct ring first = {0, 0};
     uint32_t used = 0;
     int warp = threadIdx.x / 32;

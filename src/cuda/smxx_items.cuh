@@ -131,13 +131,22 @@ static __device__ int64_t batch_places(const struct problem *p, const struct lin
     return places_before(p, line, &part, part.n_items);
 }
 
+/* The most places that rows of one batch each can take. Prefix sums that fall give rows to several
+ * batches: a line longer than this is not scored, so that they cannot make a run endless. */
+static __device__ int64_t most_places(const struct slab *s, const struct line *line) {
+    return (line->row_end - line->row_begin) * (s->scores_stride / TILE_KEYS + 1 + line->charge);
+}
+
 /* Sets the walk of every warp to this block's run of the line. */
-static __device__ void find_run(const struct problem *p, const struct line *line,
+static __device__ void find_run(const struct slab *s, const struct line *line,
                                 struct shared_state *state) {
+    const struct problem *p = &s->p;
     int64_t total = 0;
     for (int64_t b = threadIdx.x; b < p->n_batch; b += THREADS)
         total += batch_places(p, line, b);
     total = block_scan(state, &total);
+    if (total > most_places(s, line))
+        total = 0;
     int64_t begin = run_begin(total, blockIdx.x, gridDim.x);
     int64_t end = run_begin(total, blockIdx.x + 1, gridDim.x);
     int64_t before = 0;
