@@ -144,6 +144,14 @@ def test_a_missing_tensor_is_named(missing, devices):
             lightning_indexer.lightning_indexer(*tensors, return_values=return_values)
 
 
+def test_whole_numbers_of_16_bits_are_not_taken_for_floats():
+    for position, name in enumerate(("query", "key", "weights")):
+        args, kwargs = cast(position, torch.int16).keywords()
+        for call in (OP, NPU_OP):
+            with pytest.raises(RuntimeError, match=rf"{name} has dtype \(code 255, 16 bits\)"):
+                call(*args, **kwargs)
+
+
 def test_a_layout_does_not_end_at_a_nul():
     for name in ("layout_query", "layout_key"):
         case = optioned(**{name: "BSND\0more"})
