@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Hopper's instructions as inline functions: mbarriers, TMA loads, wgmma, register reallocation.
- * Shared-memory addresses are 32-bit, as PTX takes them. What other GPUs have too is in device.cuh.
+ * Hopper's instructions as inline functions: TMA loads and what their barriers need, wgmma,
+ * register reallocation. Shared-memory addresses are 32-bit, as PTX takes them. What other GPUs
+ * have too, other operations on barriers included, is in device.cuh.
  */
 #ifndef LIDX_HOPPER_CUH
 #define LIDX_HOPPER_CUH
@@ -20,28 +21,20 @@ static __device__ __forceinline__ bool elect_one() {
     return elected != 0;
 }
 
-static __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
-}
-
 /* Makes initialised barriers visible to TMA, before the block's first __syncthreads. */
-static __device__ __forceinline__ void barrier_init_fence() {
+static __device__ __forceinline__ void mbarrier_init_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-static __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
 /* Arrives and announces `bytes` that TMA will deliver in this phase. */
-static __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+static __device__ __forceinline__ void mbarrier_expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                  : "memory");
 }
 
-/* Returns when the phase of this parity is complete. On a new barrier parity 1 counts as
- * complete, so that the first round of a ring finds its places empty. */
-static __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+/* mbarrier_wait, its loop out of the compiler's sight: with that one prefill takes 1.05 of the
+ * time. */
+static __device__ __forceinline__ void mbarrier_await(uint32_t barrier, uint32_t parity) {
     asm volatile("{\n\t.reg .pred p;\n"
                  "WAIT:\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n\t"
                  "@p bra DONE;\n\tbra WAIT;\nDONE:\n\t}" ::"r"(barrier),

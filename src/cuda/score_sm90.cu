@@ -30,14 +30,14 @@ namespace {
 template <class S> __device__ __forceinline__ void init_barriers(struct shared_memory<S> &s) {
     int lane = threadIdx.x & 31;
     if (lane < 2) {
-        barrier_init(smem_address(&s.query_full[lane]), 1 + 32); /* TMA warp, items warp */
-        barrier_init(smem_address(&s.query_empty[lane]), CONSUMERS * 4);
+        mbarrier_init(smem_address(&s.query_full[lane]), 1 + 32); /* TMA warp, items warp */
+        mbarrier_init(smem_address(&s.query_empty[lane]), CONSUMERS * 4);
     }
     if (lane < S::STAGES) {
-        barrier_init(smem_address(&s.key_full[lane]), 1);
-        barrier_init(smem_address(&s.key_empty[lane]), 4);
+        mbarrier_init(smem_address(&s.key_full[lane]), 1);
+        mbarrier_init(smem_address(&s.key_empty[lane]), 4);
     }
-    barrier_init_fence();
+    mbarrier_init_fence();
     __syncwarp();
 }
 

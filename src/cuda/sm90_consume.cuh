@@ -143,7 +143,7 @@ __device__ void consume(const struct arguments &a, struct shared_memory<S> &s, i
     if (S::TURNS && group == 1)
         named_barrier_arrive(BARRIER_TURN, CONSUMERS * WARPGROUP);
     for (;; ring_step<2, 1>(queries)) {
-        barrier_wait(smem_address(&s.query_full[queries.place]), queries.phase);
+        mbarrier_await(smem_address(&s.query_full[queries.place]), queries.phase);
         int32_t n_tiles = s.items[queries.place].n_tiles;
         if (!n_tiles)
             break;
@@ -159,14 +159,14 @@ __device__ void consume(const struct arguments &a, struct shared_memory<S> &s, i
                 float dot[S::COLUMNS / 2];
                 if (S::TURNS)
                     named_barrier(BARRIER_TURN + group, CONSUMERS * WARPGROUP);
-                barrier_wait(smem_address(&s.key_full[keys.place]), keys.phase);
+                mbarrier_await(smem_address(&s.key_full[keys.place]), keys.phase);
                 bool masked = paged && s.masked[keys.place] & warp_bit;
                 multiply<T, S>(dot, smem_address(s.key[keys.place]), query);
                 if (S::TURNS)
                     named_barrier_arrive(BARRIER_TURN + (group ^ 1), CONSUMERS * WARPGROUP);
                 wgmma_wait();
                 if (lane == 0)
-                    barrier_arrive(smem_address(&s.key_empty[keys.place]));
+                    mbarrier_arrive(smem_address(&s.key_empty[keys.place]));
                 ring_step<S::STAGES, CONSUMERS>(keys);
                 finish_tile<S>(item, dot, masked, group_stride);
                 item.key += CONSUMERS * TILE_KEYS;
@@ -175,7 +175,7 @@ __device__ void consume(const struct arguments &a, struct shared_memory<S> &s, i
         }
         __syncwarp();
         if (lane == 0)
-            barrier_arrive(smem_address(&s.query_empty[queries.place]));
+            mbarrier_arrive(smem_address(&s.query_empty[queries.place]));
     }
 }
 

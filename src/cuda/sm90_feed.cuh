@@ -21,7 +21,7 @@ __device__ __forceinline__ void load_query(const struct arguments &a, struct sha
     int32_t batch = a.p.query_packed ? 0 : w.next.batch;
     if (!elect_one())
         return;
-    barrier_expect(full, S::QUERY_BYTES);
+    mbarrier_expect(full, S::QUERY_BYTES);
     for (int half = 0; half < S::HALVES; half++)
         for (int group = 0; group < S::GROUPS; group++)
             tma_load_5d(
@@ -107,9 +107,9 @@ __device__ __forceinline__ void load_dense_keys(const struct arguments &a,
     uint64_t policy = cache_policy<S::KEEP_KEYS>();
     for (int32_t tile = w.begin; tile < w.end; tile++, row += TILE_KEYS) {
         uint32_t full = smem_address(&s.key_full[keys.place]);
-        barrier_wait(smem_address(&s.key_empty[keys.place]), keys.phase ^ 1);
+        mbarrier_await(smem_address(&s.key_empty[keys.place]), keys.phase ^ 1);
         if (elect_one()) {
-            barrier_expect(full, S::KEY_BYTES);
+            mbarrier_expect(full, S::KEY_BYTES);
             tma_load_4d<S::KEEP_KEYS>(smem_address(s.key[keys.place]), map, full, 0, row, 0, batch,
                                       policy);
         }
@@ -150,10 +150,10 @@ load_paged_tile(const struct arguments &a, struct shared_memory<S> &s, const CUt
         id[piece] = __shfl_sync(0xffffffffu, p.pages.id, p.slot + piece);
         row[piece] = __shfl_sync(0xffffffffu, p.pages.row, p.slot + piece);
     }
-    barrier_wait(smem_address(&s.key_empty[keys.place]), keys.phase ^ 1);
+    mbarrier_await(smem_address(&s.key_empty[keys.place]), keys.phase ^ 1);
     if (elect_one()) {
         s.masked[keys.place] = spread_mask<PIECES>(p.pages.masked >> p.slot);
-        barrier_expect(full, S::KEY_BYTES);
+        mbarrier_expect(full, S::KEY_BYTES);
 #pragma unroll
         for (int piece = 0; piece < PIECES; piece++)
 #pragma unroll
@@ -195,10 +195,10 @@ __device__ __forceinline__ void feed_tensors(const struct arguments &a, struct s
     bool more;
     do {
         more = walk_next<S>(a, w);
-        barrier_wait(smem_address(&s.query_empty[queries.place]), queries.phase ^ 1);
+        mbarrier_await(smem_address(&s.query_empty[queries.place]), queries.phase ^ 1);
         if (!more) {
             if (elect_one())
-                barrier_arrive(smem_address(&s.query_full[queries.place]));
+                mbarrier_arrive(smem_address(&s.query_full[queries.place]));
             break;
         }
         int32_t page = S::LEAN || a.p.page_size ? load_page<S>(a, w, first_piece<S>(a, w)) : 0;
@@ -261,7 +261,7 @@ __device__ __forceinline__ void feed_items(const struct arguments &a, struct sha
     do {
         more = walk_next<S>(a, w);
         int place = queries.place;
-        barrier_wait(smem_address(&s.query_empty[place]), queries.phase ^ 1);
+        mbarrier_await(smem_address(&s.query_empty[place]), queries.phase ^ 1);
         if (!more) {
             s.items[place].n_tiles = 0;
         } else {
@@ -279,7 +279,7 @@ __device__ __forceinline__ void feed_items(const struct arguments &a, struct sha
                                   w.end - w.begin};
             }
         }
-        barrier_arrive(smem_address(&s.query_full[place]));
+        mbarrier_arrive(smem_address(&s.query_full[place]));
         ring_step<2, 1>(queries);
     } while (more);
     if (S::LEAN)
