@@ -43,32 +43,26 @@ report() {
     [ "$3" -eq 0 ] || failed=1
 }
 
-# The library, and beside it the test of the selection alone.
+# The library and what tests it, and beside them the test of the selection alone.
 configure() {
     local beside
     nvcc -std=c++17 -O3 -arch=native -Xcompiler -fopenmp "$root/tests/test_topk.cu" \
         "$root/src/cuda/topk.cu" -o "$build/test_topk" &
     beside=$!
-    cmake -S "$root" -B "$build/cmake" -DCMAKE_BUILD_TYPE=Release -DLIDX_TOOLS=OFF \
-        -DLIDX_TESTS=OFF &&
-        cmake --build "$build/cmake" --parallel "$(nproc)" && wait $beside
+    cmake -S "$root" -B "$build/cmake" -DCMAKE_BUILD_TYPE=Release -DLIDX_TOOLS=OFF &&
+        cmake --build "$build/cmake" --parallel "$(nproc)" --target lightning_indexer $cuda_tests &&
+        wait $beside
 }
 
-# The tests link the static library; the benchmark's shared library adds the cycle counter's door.
-link_programs() {
-    local cuda flags archive test
+# The benchmark's shared library adds the cycle counter's door.
+link_benchmark() {
+    local cuda flags archive
     cuda=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
     for cuda in "${CUDA_HOME:-}" "$cuda" /usr/local/cuda; do
         [ -f "$cuda/include/cuda_runtime_api.h" ] && break
     done
     flags="-L$cuda/lib64 -L$cuda/targets/x86_64-linux/lib -lcudart_static -ldl -lrt -lpthread -lm"
     archive=$build/cmake/liblightning_indexer_static.a
-    for test in $cuda_tests; do
-        cc -std=c11 -O2 -fopenmp -I"$root/include" -I"$cuda/include" "$root/tests/$test.c" \
-            "$root"/tests/{cuda_device,cuda_problem,contexts}.c \
-            "$root"/tests/{scenario,rendering,answers,oracle,truth}.c "$archive" $flags \
-            -o "$build/$test" || return 1
-    done
     cc -std=c11 -O2 -fPIC -fopenmp -shared "$root/bench/count_cycles.c" \
         -Wl,--whole-archive "$archive" -Wl,--no-whole-archive $flags -o "$build/libbench.so"
 }
@@ -78,7 +72,7 @@ correctness() {
     local kernel test text code=0
     for test in $cuda_tests; do
         for kernel in smxx sm90; do
-            timeout 140 "$build/$test" --kernel $kernel > "$build/${test}_$kernel.txt" 2>&1 &
+            timeout 140 "$build/cmake/tests/$test" --kernel $kernel > "$build/${test}_$kernel.txt" 2>&1 &
         done
     done
     wait
@@ -100,7 +94,7 @@ sanitized_programs() {
     for kernel in smxx sm90; do
         for test in test_cuda test_cuda_repeats test_cuda_hostile; do
             printf '%s, %s\t%s\n' $test $kernel \
-                "$build/$test --kernel $kernel --exact --sanitizer"
+                "$build/cmake/tests/$test --kernel $kernel --exact --sanitizer"
         done
     done
     printf 'test_topk\t%s\n' "$build/test_topk sanitize"
@@ -146,7 +140,7 @@ torch_tests() {
         printf 'no torch or no pytest: left out\n'
         return 0
     fi
-    cmake -S "$root" -B "$build/cmake" -DLIDX_PYTHON=ON > /dev/null &&
+    cmake -S "$root" -B "$build/cmake" -DLIDX_PYTHON=ON -DLIDX_TESTS=OFF > /dev/null &&
         cmake --build "$build/cmake" --parallel "$(nproc)" > /dev/null &&
         cmake --install "$build/cmake" --prefix "$build/site" --component python > /dev/null &&
         cd "$root" && PYTHONPATH=$build/site \
@@ -163,12 +157,12 @@ bench_section() {
         --kernel smxx --json "$build/bench_${1}_smxx.json"
     return 1
 }
-export -f configure link_programs correctness sanitized_programs sanitize torch_tests bench_section
+export -f configure link_benchmark correctness sanitized_programs sanitize torch_tests bench_section
 cuda_tests='test_cuda test_cuda_repeats test_cuda_hostile test_cuda_full'
 export root build results cuda_tests
 
 step build 240 bash -c configure
-step link 60 bash -c link_programs
+step link 60 bash -c link_benchmark
 shown=4 step selection 60 "$build/test_topk" check
 shown=50 step correctness 150 bash -c correctness
 shown=60 step sanitizer 210 bash -c sanitize
