@@ -205,6 +205,8 @@ static struct plan make_plan(const struct slab *s) {
 template <typename T, int D, bool ALIGNED, int N_OCTETS>
 static cudaError_t launch(const struct slab *s, cudaStream_t stream) {
     constexpr int SLOT_BYTES = SLOT_KEYS * D * 2;
+    static_assert(SLOTS_MIN * SLOT_BYTES + sizeof(struct shared_state) <= LEAST_SHARED,
+                  "the smallest ring fits a block of any GPU from compute capability 8.0 on");
     struct plan plan = make_plan(s);
     int device, most;
     cudaError_t status = cudaGetDevice(&device);

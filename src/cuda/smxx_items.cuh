@@ -20,8 +20,9 @@ enum {
     KEY_TILES = SLOT_KEYS / 8,
     SLOTS_MAX = 24,
     SLOTS_MIN = 12,
-    SLOT_SLACK = WARPS, /* slots not filled ahead: how far apart warps may be */
-    SWITCH_CHARGE = 2,  /* tiles of 64 keys that changing queries costs */
+    LEAST_SHARED = 99 << 10, /* bytes a block may have: compute capability 8.6, 8.9, 12.0 */
+    SLOT_SLACK = WARPS,      /* slots not filled ahead: how far apart warps may be */
+    SWITCH_CHARGE = 2,       /* tiles of 64 keys that changing queries costs */
     PAGE_SHIFT = 36,
     BARRIER_SPLIT = 1, /* named barriers 1 to 4: the halves of a query */
     BARRIER_TURN = 5,  /* 5 to 12: a warp's turn at the products */
