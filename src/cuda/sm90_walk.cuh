@@ -108,6 +108,12 @@ struct walk {
     int32_t end;
 };
 
+/* The CTA's share of `total` places; `place` is its first. */
+__device__ __forceinline__ int32_t span_of_cta(uint32_t total, uint32_t *place) {
+    *place = (uint32_t)run_begin(total, blockIdx.x, gridDim.x);
+    return (int32_t)((uint32_t)run_begin(total, blockIdx.x + 1, gridDim.x) - *place);
+}
+
 /* Finds the CTA's run on the line: the chunk of its first place, the batch, the item. */
 template <class S>
 __device__ __forceinline__ struct walk find_run(const struct arguments &a,
@@ -117,8 +123,8 @@ __device__ __forceinline__ struct walk find_run(const struct arguments &a,
     uint32_t upto = warp_scan(x), total = __shfl_sync(0xffffffffu, upto, 31);
     if (total > most_places<S>(a))
         total = 0;
-    uint32_t place = (uint32_t)run_begin(total, blockIdx.x, gridDim.x);
-    int32_t span = (int32_t)((uint32_t)run_begin(total, blockIdx.x + 1, gridDim.x) - place);
+    uint32_t place;
+    int32_t span = span_of_cta(total, &place);
     struct walk w;
     w.next = {0, 0, 0, 0};
     if (span == 0)
@@ -179,8 +185,8 @@ __device__ __forceinline__ struct walk find_lean_run(const struct arguments &a) 
         x += places_of_whole(a, mine);
     }
     uint32_t upto = warp_scan(x), total = __shfl_sync(0xffffffffu, upto, 31);
-    uint32_t place = (uint32_t)run_begin(total, blockIdx.x, gridDim.x);
-    int32_t span = (int32_t)((uint32_t)run_begin(total, blockIdx.x + 1, gridDim.x) - place);
+    uint32_t place;
+    int32_t span = span_of_cta(total, &place);
     struct walk w;
     w.next = {0, 0, 0, 0};
     if (span == 0)
