@@ -2,10 +2,11 @@
  *
  * Every row of the kernel table that this CPU can run, against the scalar reference.
  *
- *     test_kernels [KERNEL...]           checks all rows, or those named
- *     test_kernels --bench [KERNEL...]   times the same calls, as a fraction of the core's peak
+ *     test_kernels [--case N] [KERNEL...]   checks all rows, or those named
+ *     test_kernels --bench [KERNEL...]      times the same calls, as a fraction of the core's peak
  *
- * With LIDX_TEST_CASES set (emulators, sanitizers) a fifth of the head counts is checked.
+ * A case that fails is followed by the command that runs it alone. With LIDX_TEST_CASES set
+ * (emulators, sanitizers) a fifth of the head counts is checked.
  *
  * How far a score may be from the reference's is derived in kernel_data.h. Infinities must be the
  * same infinity, and a NaN a NaN.
@@ -166,43 +167,48 @@ struct rows {
     int n;
 };
 
-/* Data and reference are made once for all kernels: they take longer than the checks. */
-static void check_rows(struct arena *a, struct rows *rows, const struct problem_data *p,
-                       enum values values, struct rng *rng) {
-    for (int i = 0; i < rows->n; i++) {
-        struct row *row = &rows->row[i];
-        long passed = test_passed, failed = test_failed;
-        if (row->kernel->enter)
-            row->kernel->enter();
-        check_case(a, row->kernel, p, values, rng);
-        if (row->kernel->leave)
-            row->kernel->leave();
-        row->passed += test_passed - passed;
-        row->failed += test_failed - failed;
-    }
-}
+/* ---- cases, by number ------------------------------------------------------------------------ */
+
+enum {
+    HEAD_COUNTS = sizeof head_counts / sizeof head_counts[0],
+    N_DIMS = 2, /* 64 and 128 */
+    N_CASES = KEY_DTYPES * N_DIMS * HEAD_COUNTS * N_VALUES
+};
 
 /* Emulators and sanitizers, for which LIDX_TEST_CASES is set, get every fifth head count: 1, 8, 32,
  * 64, 128 with bf16 and head dimension 128, and others with the others. */
-static size_t head_step(void) {
-    return getenv("LIDX_TEST_CASES") ? 5 : 1;
+static int is_due(int number) {
+    int heads = number / N_VALUES % HEAD_COUNTS, type = number / N_VALUES / HEAD_COUNTS;
+    return !getenv("LIDX_TEST_CASES") || heads % 5 == (type + 4) % 5;
 }
 
-static void check_all(struct arena *a, struct rows *rows) {
+static void check_row(struct arena *a, struct row *row, const struct problem_data *p,
+                      enum values values, struct rng rng, int number) {
+    long passed = test_passed, failed = test_failed;
+    if (row->kernel->enter)
+        row->kernel->enter();
+    check_case(a, row->kernel, p, values, &rng);
+    if (row->kernel->leave)
+        row->kernel->leave();
+    if (test_failed > failed && failed < TEST_SHOWN)
+        printf("    again: test_kernels --case %d %s\n", number, row->kernel->name);
+    row->passed += test_passed - passed;
+    row->failed += test_failed - failed;
+}
+
+/* What is random depends on the number alone, whichever kernels are asked. Data and reference are
+ * made once for all of them: they take longer than the checks. */
+static void check_number(struct arena *a, struct rows *rows, int number) {
     static struct problem_data p;
-    struct rng rng = rng_seed(2048);
-    size_t n_counts = sizeof head_counts / sizeof head_counts[0], first = 4;
-    for (p.dtype = 0; p.dtype < KEY_DTYPES; p.dtype++) {
-        for (p.head_dim = 64; p.head_dim <= MAX_HEAD_DIM; p.head_dim += 64, first++) {
-            for (size_t i = first % head_step(); i < n_counts; i += head_step()) {
-                p.n_heads = head_counts[i];
-                for (int values = 0; values < N_VALUES; values++) {
-                    data_fill(&p, &rng, (enum values)values);
-                    check_rows(a, rows, &p, (enum values)values, &rng);
-                }
-            }
-        }
-    }
+    int type = number / N_VALUES / HEAD_COUNTS;
+    enum values values = (enum values)(number % N_VALUES);
+    struct rng rng = rng_seed((uint64_t)number);
+    p.n_heads = head_counts[number / N_VALUES % HEAD_COUNTS];
+    p.head_dim = type % N_DIMS ? 128 : 64;
+    p.dtype = type / N_DIMS;
+    data_fill(&p, &rng, values);
+    for (int i = 0; i < rows->n; i++)
+        check_row(a, &rows->row[i], &p, values, rng, number);
 }
 
 /* Sizes are within what callers reserve, for every head count. */
@@ -254,12 +260,14 @@ static void add_row(struct rows *rows, const struct kernel *kernel, int argc, ch
 
 int main(int argc, char **argv) {
     int bench = argc > 1 && strcmp(argv[1], "--bench") == 0;
+    int only = argc > 2 && strcmp(argv[1], "--case") == 0 ? atoi(argv[2]) : -1;
+    int names = bench ? 2 : only >= 0 ? 3 : 1; /* where they begin */
     struct rows rows = {.n = 0};
     for (int i = 0; lidx_kernels[i]; i++)
-        add_row(&rows, lidx_kernels[i], argc, argv, 1 + bench);
+        add_row(&rows, lidx_kernels[i], argc, argv, names);
 #if defined(__x86_64__)
     if (!bench)
-        add_row(&rows, &lidx_kernel_amx_emulated, argc, argv, 1);
+        add_row(&rows, &lidx_kernel_amx_emulated, argc, argv, names);
 #endif
     if (rows.n == 0) {
         fprintf(stderr, "test_kernels: no such kernel, or none that this CPU can run\n");
@@ -275,7 +283,9 @@ int main(int argc, char **argv) {
     for (int i = 0; i < rows.n; i++)
         check_sizes(rows.row[i].kernel);
     struct arena arena = arena_make();
-    check_all(&arena, &rows);
+    for (int number = 0; number < N_CASES; number++)
+        if (only < 0 ? is_due(number) : number == only)
+            check_number(&arena, &rows, number);
     arena_free(&arena);
     for (int i = 0; i < rows.n; i++)
         printf("%s: %ld passed, %ld failed\n", rows.row[i].kernel->name, rows.row[i].passed,
