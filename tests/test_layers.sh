@@ -50,7 +50,7 @@ done | tr '\n' ' ')
 # shellcheck disable=SC2086 # room splits its first argument itself
 room "$others" "$c|$public|$above|\"(answer|environment|features|kernel|kernels|plan|split|topk|topk_x86|worker)\.h\"|$intrinsics|<omp\.h>|<(sys/auxv|sys/syscall|pthread|unistd)\.h>"
 for stem in $isa; do
-    room "src/cpu/$stem.[ch] src/cpu/${stem}_*.[ch]" "$c|\"\.\./dtype\.h\"|\"(kernel|features|avx512|amx(_[a-z]+)?)\.h\"|$intrinsics"
+    room "src/cpu/$stem.[ch] src/cpu/${stem}_*.[ch]" "$c|\"\.\./dtype\.h\"|\"(kernel|features|avx512|avx2_multiply|amx(_[a-z]+)?)\.h\"|$intrinsics"
 done
 room 'src/cpu/plan.c src/cpu/plan.h' '"plan\.h"|"\.\./visible\.h"'
 room 'src/cuda/*.c' "$c|$public|$above|\"launch\.h\"|<cuda_runtime_api\.h>"
