@@ -130,6 +130,34 @@ def test_check_finds_a_wrong_tie(tmp_path):
     assert lidx("check", source, write(target, wrong, meta)).returncode == 1
 
 
+def agrees(tmp_path, scores, indices):
+    """What check says of keys with just these scores, where these of them were chosen."""
+    zeros = [0.0] * 63
+    t = {
+        "query": ("BF16", [1, 1, 2, 64], pack("BF16", [1.0] + zeros + [-1.0] + zeros)),
+        "key": ("BF16", [1, len(scores), 1, 64], pack("BF16", [x for s in scores for x in [s] + zeros])),
+        "weights": ("F32", [1, 1, 2], pack("F32", [1.0, -1.0])),
+    }
+    source = write(tmp_path / "in", t, {"sparse_count": str(len(indices))})
+    result = {"sparse_indices": ("I32", [1, 1, 1, len(indices)], pack("I32", indices))}
+    return json.loads(lidx("check", source, write(tmp_path / "out", result), "--json").stdout)["agree"]
+
+
+@pytest.mark.parametrize(
+    "scores, indices, agree",
+    [
+        ([8.0, 7.5, 7.0], [0, 2], False),
+        ([1e6, 8.0, 7.5, 7.0], [0, 1, 3], True),
+        ([8.0, 7.5, 7.0, -1e6], [0, 2], True),
+        ([8.0, 7.5, 7.0, 1e5, -1e5], [3, 0, 2], False),
+        ([math.inf, 8.0, 7.5, 7.0], [0, 1, 3], False),
+        ([8.0, 7.5, 7.0, -math.inf], [0, 2], False),
+    ],
+)
+def test_check_allows_a_millionth_of_the_largest_finite_score(tmp_path, scores, indices, agree):
+    assert agrees(tmp_path, scores, indices) is agree
+
+
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_check_reads_16_bit_values(tmp_path, dtype):
     t, meta, _ = problem(mode=0)
