@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # test_install.sh BUILD CC: an installation under any prefix has the licence and is found by pkg-config
-# and by CMake, and a program built with each of them runs.
+# and by CMake, there also by who asks for an earlier version of the same soname, and a program built
+# with each of them runs.
 set -eu
 build=$1 cc=$2 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
@@ -31,7 +32,7 @@ fi
 cat >"$work/CMakeLists.txt" <<END
 cmake_minimum_required(VERSION 3.22)
 project(user C)
-find_package(lightning_indexer REQUIRED)
+find_package(lightning_indexer 0.0.1 REQUIRED)
 add_executable(user $root/examples/minimal.c)
 target_link_libraries(user lightning_indexer::lightning_indexer)
 END

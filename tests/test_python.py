@@ -2,6 +2,7 @@
 """The package without torch: NumPy, ml_dtypes and JAX arrays, the reference, the command line, the
 wheel, and an empty environment."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -278,6 +279,17 @@ def test_the_agreement_rule_can_fail(indices, wrong):
     assert answer is None if wrong is None else wrong in answer
 
 
+@pytest.mark.parametrize("module", [lightning_indexer, reference])
+def test_public_functions_have_types(module):
+    """As py.typed promises to who calls them."""
+    names = getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")]
+    functions = [f for f in (getattr(module, n) for n in names) if inspect.isfunction(f)]
+    assert functions
+    for function in functions:
+        named = {*inspect.signature(function).parameters, "return"}
+        assert named == set(function.__annotations__), function.__name__
+
+
 def run_module(*words, **options):
     return subprocess.run(
         [sys.executable, "-m", "lightning_indexer", *words],
@@ -326,6 +338,7 @@ def test_one_wheel_serves_every_python(wheel):
     for expected in ("__init__.py", "py.typed", "transformers.py", "lightning_indexer_torch.so"):
         assert expected in inside
     assert sum(n.startswith("liblightning_indexer.so") for n in inside) == 1
+    assert any(n.endswith("/LICENSE") for n in names)
     assert {n.split("/")[0] for n in names} == {
         "lightning_indexer",
         f"lightning_indexer-{lightning_indexer.__version__}.dist-info",

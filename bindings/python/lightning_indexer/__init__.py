@@ -19,6 +19,7 @@ and JAX arrays. Environment variables:
 import os as _os
 import sys as _sys
 import warnings as _warnings
+from typing import Any as _Any
 
 from ._library import cpu_features, kernels, version
 from ._library import with_defaults as _with_defaults
@@ -34,7 +35,7 @@ _is_dynamo_compiling = _count_dispatch_modes = _is_tracing = None
 _torch_error = None
 
 
-def _register():
+def _register() -> None:
     """Registers with torch if there is one; what went wrong is kept and told at a call too."""
     global _torch, _torch_error, _TorchTensor, _ShortTensor
     global _is_dynamo_compiling, _count_dispatch_modes, _is_tracing
@@ -63,19 +64,19 @@ _register()
 
 
 def lightning_indexer(
-    query,
-    key,
-    weights,
-    actual_seq_lengths_query=None,
-    actual_seq_lengths_key=None,
-    block_table=None,
+    query: _Any,
+    key: _Any,
+    weights: _Any,
+    actual_seq_lengths_query: _Any = None,
+    actual_seq_lengths_key: _Any = None,
+    block_table: _Any = None,
     layout_query: "str | None" = None,
     layout_key: "str | None" = None,
     sparse_count: "int | None" = None,
     sparse_mode: "int | None" = None,
     *,
     return_values: bool = False,
-):
+) -> _Any:
     """The positions of the `sparse_count` best keys of each query token.
 
     Sizes: B batches, S1 / S2 query tokens / keys of a batch, T1 / T2 those of all batches,

@@ -5,6 +5,7 @@ import ctypes
 import glob
 import os
 import threading
+from typing import Any
 
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
@@ -184,7 +185,7 @@ def cpu_features() -> str:
     return library.lidx_cpu_features().decode()
 
 
-def kernels() -> list:
+def kernels() -> "list[dict[str, Any]]":
     """One dictionary for each kernel of this build, best first within its backend: name, backend,
     available, chosen_bf16, chosen_fp16, and reason, a sentence."""
     rows = []

@@ -6,17 +6,19 @@ tensors on the CPU, and returns NumPy arrays (indices, values). `agrees` is the 
 answers count as the same.
 """
 
+from typing import Any, Iterator, Optional
+
 import numpy
 
 
-def as_float64(array):
+def as_float64(array: Any) -> numpy.ndarray:
     """A NumPy float64 array of a NumPy array (also ml_dtypes' bfloat16) or a torch tensor."""
     if hasattr(array, "detach"):
         array = array.detach().float().cpu().numpy()
     return numpy.asarray(array).astype(numpy.float64)
 
 
-def scores(query, key, weights):
+def scores(query: numpy.ndarray, key: numpy.ndarray, weights: numpy.ndarray) -> numpy.ndarray:
     """score[j] of one query token: query [N1, D], key [S2, D], weights [N1]."""
     with numpy.errstate(all="ignore"):
         dot = query @ key.T
@@ -24,7 +26,7 @@ def scores(query, key, weights):
         return (weights[:, None] * relu).sum(axis=0)
 
 
-def order(score):
+def order(score: numpy.ndarray) -> numpy.ndarray:
     """Positions, best first: score descending, NaN last, equal ones by ascending position."""
     is_nan = numpy.isnan(score)
     descending = -numpy.where(is_nan, 0.0, score)
@@ -32,16 +34,16 @@ def order(score):
 
 
 def rows(
-    query,
-    key,
-    weights,
-    actual_seq_lengths_query=None,
-    actual_seq_lengths_key=None,
-    block_table=None,
-    layout_query="BSND",
-    layout_key="BSND",
-    sparse_mode=3,
-):
+    query: Any,
+    key: Any,
+    weights: Any,
+    actual_seq_lengths_query: Any = None,
+    actual_seq_lengths_key: Any = None,
+    block_table: Any = None,
+    layout_query: str = "BSND",
+    layout_key: str = "BSND",
+    sparse_mode: int = 3,
+) -> "Iterator[tuple[Any, numpy.ndarray]]":
     """Yields (index of the row in the output, its score for each visible key)."""
     query, key, weights = as_float64(query), as_float64(key), as_float64(weights)
     query_length = _list(actual_seq_lengths_query)
@@ -77,7 +79,9 @@ def _keys_of_batch(b, key, length, block_table, layout):
     return key[pages].reshape(-1, key.shape[-1])[: length[b]]
 
 
-def lightning_indexer(query, key, weights, *lists, sparse_count=2048, **options):
+def lightning_indexer(
+    query: Any, key: Any, weights: Any, *lists: Any, sparse_count: int = 2048, **options: Any
+) -> "tuple[numpy.ndarray, numpy.ndarray]":
     """(indices, values) of the operator, from the definition."""
     shape = (*query.shape[:-2], 1, sparse_count)
     indices = numpy.full(shape, -1, numpy.int32)
@@ -89,7 +93,7 @@ def lightning_indexer(query, key, weights, *lists, sparse_count=2048, **options)
     return indices, values
 
 
-def agrees(indices, score):
+def agrees(indices: Any, score: numpy.ndarray) -> Optional[str]:
     """None, or what is wrong with one row of indices whose true scores are `score`.
 
     Every index in which the row differs from the true answer must have a score within 1e-4

@@ -60,14 +60,14 @@ class _Watch(TorchFunctionMode):
 class Patch:
     """What `patch` returns. Also a context manager that undoes at its end."""
 
-    def __init__(self, dtype):
+    def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.selections = 0  # made by the operator
-        self.fallbacks = {}  # steps at which a model went on by itself -> how often
+        self.fallbacks: "dict[str, int]" = {}  # steps at which a model went on by itself -> how often
         self._modules = []
         self._seen = (None, None)
 
-    def undo(self):
+    def undo(self) -> None:
         """Gives every module its own forward back."""
         for module, previous in self._modules:
             if previous is None:
@@ -77,10 +77,10 @@ class Patch:
         self._modules = []
         self._seen = (None, None)
 
-    def __enter__(self):
+    def __enter__(self) -> "Patch":
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self.undo()
 
     def computed(self, step):
@@ -116,7 +116,7 @@ class Patch:
         module.forward = watched
 
 
-def is_indexer(module):
+def is_indexer(module: torch.nn.Module) -> bool:
     return type(module).__name__.endswith("Indexer") and hasattr(module, "index_topk")
 
 
