@@ -33,8 +33,11 @@ enum {
     STRUCT_MAXIMUM = 4096, /* a size above this is no struct's of any version */
 };
 
+#define TEXT(number)                      #number
+#define VERSION_TEXT(major, minor, patch) TEXT(major) "." TEXT(minor) "." TEXT(patch)
+
 const char *lidx_version(void) {
-    return "0.1.0";
+    return VERSION_TEXT(LIDX_VERSION_MAJOR, LIDX_VERSION_MINOR, LIDX_VERSION_PATCH);
 }
 
 int lidx_kernel_count(void) {
