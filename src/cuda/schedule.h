@@ -113,11 +113,10 @@ LIDX_INLINE int32_t first_item(const struct problem *p, const struct line *line,
     return blind < part->n_items ? (int32_t)blind : part->n_items;
 }
 
-/* Places that the batch's first `items` items take. Causal: with block = 2^block_shift
- * rows, item m sees x = a + block * (m + 1)
- * keys (a last, shorter item is charged as if it were whole, which costs at most a place), so
- * its tiles are (x + 63) >> 6 = ((a + 63) / block + m + 1) >> (6 - block_shift), a sum with a
- * closed form. Items with x <= 0 see nothing and take no place. */
+/* Places that the batch's first `items` items take. Causal: with block = 2^block_shift rows, item m
+ * sees x = a + block * (m + 1) keys (a last, shorter item is charged as if it were whole, which
+ * costs at most a place), so its tiles are (x + 63) >> 6 = ((a + 63) / block + m + 1) >>
+ * (6 - block_shift), a sum with a closed form. Items with x <= 0 see nothing and take no place. */
 LIDX_INLINE int64_t places_before(const struct problem *p, const struct line *line,
                                   const struct batch_part *part, int32_t items) {
     if (p->sparse_mode == 0) {
