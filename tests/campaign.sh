@@ -201,9 +201,9 @@ stage_tsan() {
 }
 
 run_valgrind() {
-    build "$work/plain" "test_operator test_arguments test_context" -DCMAKE_BUILD_TYPE=Release \
-        -DCMAKE_C_FLAGS=-g1 || return
-    for test in test_operator test_arguments test_context; do
+    tests="test_operator test_arguments test_tensors test_context"
+    build "$work/plain" "$tests" -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS=-g1 || return
+    for test in $tests; do
         LIDX_TEST_CASES=$valgrind_cases valgrind -q --error-exitcode=9 --leak-check=full \
             --show-leak-kinds=definite --errors-for-leak-kinds=definite \
             "$work/plain/tests/$test" || return

@@ -124,3 +124,16 @@ const char *say(const char *what, int pair, int which) {
              pair_name[pair]);
     return what_text;
 }
+
+void accept(struct lidx_context *context, const struct call *c, const char *what) {
+    int status = lidx_run(context, &c->args);
+    CHECK(status == LIDX_OK, "%s: %s, \"%s\"", what, lidx_status_name(status), lidx_last_error());
+    for (int i = 0; status == LIDX_OK && i < B * S1 * TOP; i++)
+        CHECK(c->indices[i] >= -1 && c->indices[i] < S2, "%s: slot %d is %d", what, i,
+              c->indices[i]);
+}
+
+void refuse_tensor(struct lidx_context *context, const struct call *c, int pair, int which,
+                   int status, const char *fault) {
+    refuse(context, c, status, tensor_name[which], say(fault, pair, which));
+}

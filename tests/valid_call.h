@@ -45,6 +45,13 @@ void check_sentence(int got, int status, const char *mention, const char *what);
 void refuse(struct lidx_context *context, const struct call *c, int status, const char *mention,
             const char *what);
 
+/* The same, where what is wrong with tensor `which` has this status and the sentence names it. */
+void refuse_tensor(struct lidx_context *context, const struct call *c, int pair, int which,
+                   int status, const char *fault);
+
+/* The call runs, and its indices are those of keys. */
+void accept(struct lidx_context *context, const struct call *c, const char *what);
+
 /* "what, tensor of pair", until the next call. */
 const char *say(const char *what, int pair, int which);
 
