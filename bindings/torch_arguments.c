@@ -8,6 +8,9 @@
 #include "torch_call.h"
 #include "torch_lookup.h"
 
+/* Types that the operator refuses, by name. */
+enum { DLPACK_BOOL = 6, DLPACK_FLOAT8_E4M3FN = 10, DLPACK_FLOAT8_E5M2 = 12 };
+
 const char *const call_tensor_names[N_TENSORS] = {
     "query",
     "key",
@@ -85,19 +88,24 @@ void call_take_layout(struct call *c, const char *name, torch_value argument, in
 }
 
 struct lidx_dtype torch_dtype(int32_t dtype) {
-    if (dtype == numbers.bfloat16)
-        return (struct lidx_dtype){LIDX_BFLOAT, 16, 1};
-    if (dtype == numbers.float16)
-        return (struct lidx_dtype){LIDX_FLOAT, 16, 1};
-    if (dtype == numbers.float32)
-        return (struct lidx_dtype){LIDX_FLOAT, 32, 1};
-    if (dtype == numbers.float64)
-        return (struct lidx_dtype){LIDX_FLOAT, 64, 1};
-    if (dtype == numbers.int32)
-        return (struct lidx_dtype){LIDX_INT, 32, 1};
-    if (dtype == numbers.int64)
-        return (struct lidx_dtype){LIDX_INT, 64, 1};
-    /* None that the operator takes: a code that DLPack does not use, and the true size. */
+    static const struct lidx_dtype known[N_TORCH_DTYPES] = {
+        [TORCH_BFLOAT16] = {LIDX_BFLOAT, 16, 1},
+        [TORCH_FLOAT16] = {LIDX_FLOAT, 16, 1},
+        [TORCH_FLOAT32] = {LIDX_FLOAT, 32, 1},
+        [TORCH_FLOAT64] = {LIDX_FLOAT, 64, 1},
+        [TORCH_INT8] = {LIDX_INT, 8, 1},
+        [TORCH_INT16] = {LIDX_INT, 16, 1},
+        [TORCH_INT32] = {LIDX_INT, 32, 1},
+        [TORCH_INT64] = {LIDX_INT, 64, 1},
+        [TORCH_UINT8] = {LIDX_UINT, 8, 1},
+        [TORCH_BOOL] = {DLPACK_BOOL, 8, 1},
+        [TORCH_FLOAT8_E4M3FN] = {DLPACK_FLOAT8_E4M3FN, 8, 1},
+        [TORCH_FLOAT8_E5M2] = {DLPACK_FLOAT8_E5M2, 8, 1},
+    };
+    for (int i = 0; i < N_TORCH_DTYPES; i++)
+        if (dtype == numbers.dtype[i])
+            return known[i];
+    /* One without a name here: a code that DLPack does not use, and the true size. */
     return (struct lidx_dtype){255, (uint8_t)(8 * torch.dtype_element_size(dtype)), 1};
 }
 

@@ -43,7 +43,8 @@ static void *allocate(struct call *c, int which, int64_t ndim, const int64_t *sh
 }
 
 static int32_t query_dtype(const struct call *c) {
-    return c->tensor[QUERY].dtype.code == LIDX_BFLOAT ? numbers.bfloat16 : numbers.float16;
+    return c->tensor[QUERY].dtype.code == LIDX_BFLOAT ? numbers.dtype[TORCH_BFLOAT16]
+                                                      : numbers.dtype[TORCH_FLOAT16];
 }
 
 /* A new contiguous output of the shape in output_shape. */
@@ -76,7 +77,7 @@ static void make_outputs(struct call *c) {
     strides[ndim - 1] = 1;
     for (int i = ndim - 2; i >= 0; i--)
         strides[i] = strides[i + 1] * shape[i + 1];
-    c->args.sparse_indices = make_output(c, INDICES, numbers.int32);
+    c->args.sparse_indices = make_output(c, INDICES, numbers.dtype[TORCH_INT32]);
     if (c->return_values && !c->error)
         c->args.sparse_values = make_output(c, VALUES, query_dtype(c));
 }

@@ -40,12 +40,19 @@ static const struct symbol {
     {"torch_delete_string", offsetof(struct torch_shim, delete_string), NEEDED},
     {"torch_get_num_threads", offsetof(struct torch_shim, get_num_threads), NEEDED},
     {"aoti_torch_check", offsetof(struct torch_shim, check), NEEDED},
-    {"aoti_torch_dtype_bfloat16", offsetof(struct torch_shim, dtype_bfloat16), NEEDED},
-    {"aoti_torch_dtype_float16", offsetof(struct torch_shim, dtype_float16), NEEDED},
-    {"aoti_torch_dtype_float32", offsetof(struct torch_shim, dtype_float32), NEEDED},
-    {"aoti_torch_dtype_float64", offsetof(struct torch_shim, dtype_float64), NEEDED},
-    {"aoti_torch_dtype_int32", offsetof(struct torch_shim, dtype_int32), NEEDED},
-    {"aoti_torch_dtype_int64", offsetof(struct torch_shim, dtype_int64), NEEDED},
+    {"aoti_torch_dtype_bfloat16", offsetof(struct torch_shim, dtype[TORCH_BFLOAT16]), NEEDED},
+    {"aoti_torch_dtype_float16", offsetof(struct torch_shim, dtype[TORCH_FLOAT16]), NEEDED},
+    {"aoti_torch_dtype_float32", offsetof(struct torch_shim, dtype[TORCH_FLOAT32]), NEEDED},
+    {"aoti_torch_dtype_int32", offsetof(struct torch_shim, dtype[TORCH_INT32]), NEEDED},
+    {"aoti_torch_dtype_int64", offsetof(struct torch_shim, dtype[TORCH_INT64]), NEEDED},
+    {"aoti_torch_dtype_float64", offsetof(struct torch_shim, dtype[TORCH_FLOAT64]), NEEDED},
+    {"aoti_torch_dtype_int8", offsetof(struct torch_shim, dtype[TORCH_INT8]), NEEDED},
+    {"aoti_torch_dtype_int16", offsetof(struct torch_shim, dtype[TORCH_INT16]), NEEDED},
+    {"aoti_torch_dtype_uint8", offsetof(struct torch_shim, dtype[TORCH_UINT8]), NEEDED},
+    {"aoti_torch_dtype_bool", offsetof(struct torch_shim, dtype[TORCH_BOOL]), NEEDED},
+    {"aoti_torch_dtype_float8_e4m3fn", offsetof(struct torch_shim, dtype[TORCH_FLOAT8_E4M3FN]),
+     NEEDED},
+    {"aoti_torch_dtype_float8_e5m2", offsetof(struct torch_shim, dtype[TORCH_FLOAT8_E5M2]), NEEDED},
     {"aoti_torch_dtype_element_size", offsetof(struct torch_shim, dtype_element_size), NEEDED},
     {"aoti_torch_device_type_cpu", offsetof(struct torch_shim, device_type_cpu), NEEDED},
     {"aoti_torch_device_type_cuda", offsetof(struct torch_shim, device_type_cuda), NEEDED},
@@ -69,12 +76,8 @@ const char *lidx_torch_symbol(int index, const char **library) {
 }
 
 static void ask_numbers(void) {
-    numbers.bfloat16 = torch.dtype_bfloat16();
-    numbers.float16 = torch.dtype_float16();
-    numbers.float32 = torch.dtype_float32();
-    numbers.float64 = torch.dtype_float64();
-    numbers.int32 = torch.dtype_int32();
-    numbers.int64 = torch.dtype_int64();
+    for (int i = 0; i < N_TORCH_DTYPES; i++)
+        numbers.dtype[i] = torch.dtype[i]();
     numbers.cpu = torch.device_type_cpu();
     numbers.cuda = torch.device_type_cuda();
 }

@@ -13,7 +13,7 @@ extern struct torch_shim torch;
 
 /* What torch calls the element and device types, asked once. */
 struct torch_numbers {
-    int32_t bfloat16, float16, float32, float64, int32, int64;
+    int32_t dtype[N_TORCH_DTYPES];
     int32_t cpu, cuda;
 };
 

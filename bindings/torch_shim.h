@@ -23,6 +23,23 @@ struct torch_string;     /* opaque */
 struct torch_library;    /* opaque */
 struct torch_cuda_guard; /* opaque */
 
+/* Element types that are known by name; the operator takes the first few. */
+enum {
+    TORCH_BFLOAT16,
+    TORCH_FLOAT16,
+    TORCH_FLOAT32,
+    TORCH_INT32,
+    TORCH_INT64,
+    TORCH_FLOAT64,
+    TORCH_INT8,
+    TORCH_INT16,
+    TORCH_UINT8,
+    TORCH_BOOL,
+    TORCH_FLOAT8_E4M3FN,
+    TORCH_FLOAT8_E5M2,
+    N_TORCH_DTYPES
+};
+
 typedef void (*torch_kernel)(torch_value *stack, uint64_t n_arguments, uint64_t n_results);
 
 struct torch_shim {
@@ -65,12 +82,7 @@ struct torch_shim {
                   const char *message);
 
     /* The numbers that torch gives to element types and device types. */
-    int32_t (*dtype_bfloat16)(void);
-    int32_t (*dtype_float16)(void);
-    int32_t (*dtype_float32)(void);
-    int32_t (*dtype_float64)(void);
-    int32_t (*dtype_int32)(void);
-    int32_t (*dtype_int64)(void);
+    int32_t (*dtype[N_TORCH_DTYPES])(void);
     size_t (*dtype_element_size)(int32_t dtype);
     int32_t (*device_type_cpu)(void);
     int32_t (*device_type_cuda)(void);

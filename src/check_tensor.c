@@ -62,16 +62,26 @@ int lidx_tensor_dtype(const struct lidx_tensor *t) {
     return DTYPE_COUNT;
 }
 
-/* Says "int64", or the numbers of a type that is not DLPack's of these kinds. */
-int lidx_refuse_dtype(const struct operand *o, const char *should_be, const char *why) {
-    static const char *const kinds[] = {
-        [LIDX_INT] = "int", [LIDX_UINT] = "uint", [LIDX_FLOAT] = "float", [LIDX_BFLOAT] = "bfloat"};
-    unsigned code = o->tensor->dtype.code, bits = o->tensor->dtype.bits;
-    char is[TEXT];
-    if (code < sizeof kinds / sizeof kinds[0] && kinds[code])
-        snprintf(is, sizeof is, "%s%u", kinds[code], bits);
+/* "int64", "float8_e4m3fn": DLPack's name of a type, or its numbers where it has none. */
+static void name_dtype(char text[TEXT], const struct lidx_dtype *t) {
+    static const char *const kinds[] = {"int", "uint", "float", NULL, "bfloat", "complex"};
+    static const char *const names[] = {
+        "bool",          "float8_e3m4",     "float8_e4m3", "float8_e4m3b11fnuz",
+        "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
+        "float8_e8m0fnu"};
+    enum { KINDS = sizeof kinds / sizeof kinds[0], NAMES = sizeof names / sizeof names[0] };
+    unsigned code = t->code, bits = t->bits;
+    if (code < KINDS && kinds[code])
+        snprintf(text, TEXT, "%s%u", kinds[code], bits);
+    else if (code >= KINDS && code < KINDS + NAMES)
+        snprintf(text, TEXT, "%s", names[code - KINDS]);
     else
-        snprintf(is, sizeof is, "(code %u, %u bits)", code, bits);
+        snprintf(text, TEXT, "(code %u, %u bits)", code, bits);
+}
+
+int lidx_refuse_dtype(const struct operand *o, const char *should_be, const char *why) {
+    char is[TEXT];
+    name_dtype(is, &o->tensor->dtype);
     return lidx_fail(LIDX_ERR_DTYPE, "%s has dtype %s; it should be %s%s", o->name, is, should_be,
                      why);
 }

@@ -90,8 +90,11 @@ static void check_types(int pair) {
     } wrong[] = {{{LIDX_INT, 64, 1}, "int64"},     {{LIDX_INT, 8, 1}, "int8"},
                  {{LIDX_UINT, 32, 1}, "uint32"},   {{LIDX_FLOAT, 64, 1}, "float64"},
                  {{LIDX_BFLOAT, 8, 1}, "bfloat8"}, {{LIDX_FLOAT, 0, 1}, "float0"},
-                 {{10, 8, 1}, "code 10, 8 bits"},  {{99, 16, 1}, "code 99, 16 bits"},
-                 {{LIDX_UINT, 16, 1}, "uint16"},   {{LIDX_FLOAT, 16, 1}, "float16"}};
+                 {{LIDX_UINT, 16, 1}, "uint16"},   {{3, 64, 1}, "code 3, 64 bits"},
+                 {{5, 64, 1}, "complex64"},        {{6, 8, 1}, "bool;"},
+                 {{10, 8, 1}, "float8_e4m3fn;"},   {{14, 8, 1}, "float8_e8m0fnu;"},
+                 {{15, 6, 1}, "code 15, 6 bits"},  {{255, 16, 1}, "code 255, 16 bits"},
+                 {{LIDX_FLOAT, 16, 1}, "float16"}};
     enum { WRONG = sizeof wrong / sizeof wrong[0] };
     struct call c;
     for (int which = 0; which < N_TENSORS; which++) {

@@ -144,11 +144,17 @@ def test_a_missing_tensor_is_named(missing, devices):
             lightning_indexer.lightning_indexer(*tensors, return_values=return_values)
 
 
-def test_whole_numbers_of_16_bits_are_not_taken_for_floats():
-    for position, name in enumerate(("query", "key", "weights")):
-        args, kwargs = cast(position, torch.int16).keywords()
+@pytest.mark.parametrize(
+    "dtype, name",
+    [(getattr(torch, name), name) for name in ("int8", "int16", "uint8", "bool")]
+    + [(getattr(torch, name), name) for name in ("float8_e4m3fn", "float8_e5m2")]
+    + [(torch.complex64, r"\(code 255, 64 bits\)")],
+)
+def test_a_type_that_is_not_taken_is_named(dtype, name):
+    for position, tensor in enumerate(("query", "key", "weights")):
+        args, kwargs = cast(position, dtype).keywords()
         for call in (OP, NPU_OP):
-            with pytest.raises(RuntimeError, match=rf"{name} has dtype \(code 255, 16 bits\)"):
+            with pytest.raises(RuntimeError, match=f"{tensor} has dtype {name}; it should be bfloat16"):
                 call(*args, **kwargs)
 
 
