@@ -111,6 +111,26 @@ static void check_pages(int pair) {
            "block_table[0][0] is 0; it should be one of key's 0 blocks", say("no pages", pair, K));
 }
 
+/* Of a batch's row of the table as many entries are read as its keys need, and no more. */
+static void check_pages_needed(int pair) {
+    for (int n = 0; n <= (COLUMNS - 1) * BLOCK; n++) {
+        struct call c;
+        valid_call(&c, pair);
+        int needed = (n + BLOCK - 1) / BLOCK;
+        int32_t *row = c.table + COLUMNS;
+        c.key_list[1] = n;
+        for (int i = needed; i < COLUMNS; i++)
+            row[i] = PAGES;
+        for (int i = 0; i < needed; i++) {
+            int32_t right = row[i];
+            row[i] = PAGES;
+            refuse_tensor(context, &c, pair, TABLE, LIDX_ERR_VALUE, "a page that is needed");
+            row[i] = right;
+        }
+        accept(context, &c, say("pages that are not needed", pair, TABLE));
+    }
+}
+
 static void check_unpaged_table(int pair) {
     struct call c;
     valid_call(&c, pair);
@@ -173,6 +193,9 @@ static void check_counts(void) {
     CHECK_INT(lidx_run(context, &c.args), LIDX_OK, "no batches");
     c.shape[K][1] = -1;
     refuse(context, &c, LIDX_ERR_SHAPE, "key", "no batches of -1 keys");
+    c.shape[K][1] = S2;
+    c.shape[Q][1] = c.shape[W][1] = c.shape[INDICES][1] = c.shape[VALUES][1] = (int64_t)1 << 60;
+    refuse(context, &c, LIDX_ERR_SHAPE, "query has more elements", "no batches of 2^60 tokens");
     for (int which = 0; which < N_TENSORS; which++)
         for (int dim = 1; dim < c.t[which].ndim; dim++) {
             valid_call(&c, BSND_PA);
@@ -230,10 +253,12 @@ int main(void) {
         check_heads_and_dim(pair);
         check_options(pair);
         check_lists(pair);
-        if (is_paged(pair))
+        if (is_paged(pair)) {
             check_pages(pair);
-        else
+            check_pages_needed(pair);
+        } else {
             check_unpaged_table(pair);
+        }
     }
     check_layouts();
     check_counts();

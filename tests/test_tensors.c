@@ -83,6 +83,18 @@ static void check_sizes(int pair) {
         }
 }
 
+static void check_sentence_of_shape(void) {
+    struct call c;
+    valid_call(&c, BSND_BSND);
+    c.t[K].strides = NULL;
+    c.shape[K][0] = B + 1;
+    CHECK_INT(lidx_run(context, &c.args), LIDX_ERR_SHAPE, "keys of a third batch");
+    CHECK_STRING(lidx_last_error(),
+                 "key has shape [3, 40, 1, 64]; it should be [2, 40, 1, 64], query's batches, and "
+                 "one key head of its dimension",
+                 "keys of a third batch");
+}
+
 static void check_types(int pair) {
     static const struct {
         struct lidx_dtype dtype;
@@ -217,6 +229,7 @@ int main(void) {
         check_devices(pair);
         check_strides(pair);
     }
+    check_sentence_of_shape();
     check_strides_of_nothing();
     lidx_destroy(context);
     return test_end();
