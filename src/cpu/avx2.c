@@ -21,12 +21,6 @@
 
 #include "features.h"
 
-#if defined(__clang__)
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-
 enum {
     PANEL_GROUPS = 3, /* most groups of a panel */
     FETCH_AHEAD = 3,  /* blocks from the one in work to the one fetched into L1 */

@@ -10,12 +10,6 @@
 
 #include "kernel.h"
 
-#if defined(__clang__)
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-
 enum { LANES = 16 };
 
 /* In avx512.c: its fp16 path, which is avx512_bf16.c's too, since fp16 has no product instruction

@@ -32,6 +32,13 @@ enum {
     PACKED_MAX = MAX_HEADS * MAX_HEAD_DIM * 4 + 4096,
 };
 
+/* Before a loop whose counter names registers, so that none of it may be left at run time. */
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
 /* One query token. */
 struct query_row {
     const void *query;    /* [n_heads][head_dim] of the path's dtype, any alignment */

@@ -32,11 +32,6 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-#if defined(__clang__)
 #define TARGET_BF16 __attribute__((target("bf16")))
 #else
 #define TARGET_BF16 __attribute__((target("arch=armv8.2-a+bf16")))
