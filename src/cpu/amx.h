@@ -2,10 +2,9 @@
  *
  * What the files of the AMX kernel share: the form of a packed query, and its two paths.
  *
- *     amx_pack.h    heads into tiles                 amx_bf16.c    the bf16 path
- *     amx_tiles.h   the tile instructions            amx_fp16.c    the fp16 path
- *     amx_pass.h    what a call of score() knows     amx.c         the row of the table
- *     amx_parts.h   fp16 numbers as bf16 parts
+ *     amx_tiles.h   the tile instructions            amx_bf16.c    the bf16 path
+ *     amx_pass.h    what a call of score() knows     amx_fp16.c    the fp16 path
+ *     amx_parts.h   fp16 numbers as bf16 parts       amx.c         the row of the table
  *     amx_slots.h   the pipeline of both paths
  *
  * A packed query is, for each head tile and each step of 32 dimensions, the 1 KiB tile that
@@ -51,6 +50,12 @@ static inline size_t tiles_bytes(int n_heads, int head_dim, int dtype) {
 static inline const float *packed_weights(const void *packed, int n_heads, int head_dim,
                                           int dtype) {
     return (const float *)((const unsigned char *)packed + tiles_bytes(n_heads, head_dim, dtype));
+}
+
+static inline void pack_weights(float *weights, const struct query_row *row) {
+    int padded = head_tiles(row->n_heads) * LANES;
+    for (int h = 0; h < padded; h++)
+        weights[h] = h < row->n_heads ? row->weights[h] : 0;
 }
 
 /* The trio of kernel.h for each type, and score_two. */

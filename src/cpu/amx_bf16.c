@@ -5,7 +5,6 @@
  */
 #if defined(__x86_64__)
 
-#include "amx_pack.h"
 #include "amx_slots.h"
 
 size_t lidx_amx_packed_size_bf16(int n_heads, int head_dim) {

@@ -203,6 +203,12 @@ INLINE void replace_keys(const struct step *t, int step, int steps) {
         load_keys(next, t->next.row + next * 64, t->next.stride);
 }
 
+/* fp16: one part of the keys by both parts of the query. */
+INLINE void multiply_parts(int c, int keys) {
+    multiply(c, keys, 0);
+    multiply(c, keys, 1);
+}
+
 INLINE void run_step(struct pass *p, __m512 *sum, const struct step *t, int c, int step, int steps,
                      int fp16) {
     const int rows = 8 / steps; /* on either side of the product */
@@ -217,9 +223,9 @@ INLINE void run_step(struct pass *p, __m512 *sum, const struct step *t, int c, i
     }
     reduce_rows(sum, t, step * 2 * rows, rows);
     if (fp16)
-        multiply_parts(c, step, 0);
+        multiply_parts(c, step % 2 * 2);
     else
-        multiply(c, step);
+        multiply(c, step, step % 2);
     if (step == steps / 2)
         store_sums(!c, t->store);
     reduce_rows(sum, t, step * 2 * rows + rows, rows);
@@ -229,7 +235,7 @@ INLINE void run_step(struct pass *p, __m512 *sum, const struct step *t, int c, i
     if (fp16) {
         for (int i = 0; i < t->split_rows; i++)
             split_row(p, t->block + 1, t->split_row + step * t->split_rows + i, steps);
-        multiply_parts(c, step, 1);
+        multiply_parts(c, step % 2 * 2 + 1);
         publish(p->scratch);
     }
 }

@@ -49,69 +49,31 @@ INLINE void load_query(int which, const void *tile) {
         _tile_loadd(7, tile, 64);
 }
 
-INLINE void multiply(int c, int step) {
-    switch (c * 4 + step) {
-    case 0:
-        _tile_dpbf16ps(0, 2, 6);
-        break;
-    case 1:
-        _tile_dpbf16ps(0, 3, 7);
-        break;
-    case 2:
-        _tile_dpbf16ps(0, 4, 6);
-        break;
-    case 3:
-        _tile_dpbf16ps(0, 5, 7);
-        break;
-    case 4:
-        _tile_dpbf16ps(1, 2, 6);
-        break;
-    case 5:
-        _tile_dpbf16ps(1, 3, 7);
-        break;
-    case 6:
-        _tile_dpbf16ps(1, 4, 6);
-        break;
-    default:
-        _tile_dpbf16ps(1, 5, 7);
+/* Adds to accumulator c the products of tile 2 + keys with tile 6 + query. */
+INLINE void multiply(int c, int keys, int query) {
+#define PRODUCT(c, keys, query)                                                                    \
+    case c * 64 + keys * 8 + query:                                                                \
+        _tile_dpbf16ps(c, keys, query);                                                            \
+        break
+    switch (c * 64 + (2 + keys) * 8 + 6 + query) {
+        PRODUCT(0, 2, 6);
+        PRODUCT(0, 2, 7);
+        PRODUCT(0, 3, 6);
+        PRODUCT(0, 3, 7);
+        PRODUCT(0, 4, 6);
+        PRODUCT(0, 4, 7);
+        PRODUCT(0, 5, 6);
+        PRODUCT(0, 5, 7);
+        PRODUCT(1, 2, 6);
+        PRODUCT(1, 2, 7);
+        PRODUCT(1, 3, 6);
+        PRODUCT(1, 3, 7);
+        PRODUCT(1, 4, 6);
+        PRODUCT(1, 4, 7);
+        PRODUCT(1, 5, 6);
+        PRODUCT(1, 5, 7);
     }
-}
-
-/* The products of the high parts of keys with both parts of the query, or of the low ones. */
-INLINE void multiply_parts(int c, int step, int low) {
-    switch (c * 4 + step % 2 * 2 + low) {
-    case 0:
-        _tile_dpbf16ps(0, 2, 6);
-        _tile_dpbf16ps(0, 2, 7);
-        break;
-    case 1:
-        _tile_dpbf16ps(0, 3, 6);
-        _tile_dpbf16ps(0, 3, 7);
-        break;
-    case 2:
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(0, 4, 7);
-        break;
-    case 3:
-        _tile_dpbf16ps(0, 5, 6);
-        _tile_dpbf16ps(0, 5, 7);
-        break;
-    case 4:
-        _tile_dpbf16ps(1, 2, 6);
-        _tile_dpbf16ps(1, 2, 7);
-        break;
-    case 5:
-        _tile_dpbf16ps(1, 3, 6);
-        _tile_dpbf16ps(1, 3, 7);
-        break;
-    case 6:
-        _tile_dpbf16ps(1, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        break;
-    default:
-        _tile_dpbf16ps(1, 5, 6);
-        _tile_dpbf16ps(1, 5, 7);
-    }
+#undef PRODUCT
 }
 
 /* Memory that C code wrote and a tile load reads next: the load says nothing of it to gcc. */
