@@ -25,7 +25,7 @@ struct setup {
     struct lidx_tensor tensor[4]; /* query, key, weights, indices */
 };
 
-static struct lidx_tensor tensor(int64_t shape[4], int code, int bits, int ndim, int device) {
+static struct lidx_tensor tensor(int64_t *shape, int code, int bits, int ndim, int device) {
     return (struct lidx_tensor){
         memory, {LIDX_CUDA, device}, ndim, {(uint8_t)code, (uint8_t)bits, 1}, shape, NULL, 0};
 }
@@ -249,6 +249,33 @@ static void check_devices(void) {
     lidx_destroy(context);
 }
 
+/* What lies in a device's memory is for kernels to read, lists and the word that they count in. */
+static void check_device_memory(void) {
+    struct lidx_context *context = make_context(NULL);
+    uint32_t *word = (uint32_t *)memory + 64;
+    int64_t n_batch = 2;
+    for (int managed = 0; managed < 2; managed++) {
+        const char *what = managed ? "lists in managed memory" : "lists on a device";
+        struct setup s;
+        forget();
+        setup_make(&s, 0, n_batch, 3, 1000, 64);
+        struct lidx_tensor list = tensor(&n_batch, LIDX_INT, 32, 1, 0);
+        s.args.actual_seq_lengths_query = s.args.actual_seq_lengths_key = &list;
+        s.args.error_word = word;
+        for (int which = 0; which < 4 && managed; which++)
+            s.tensor[which].device.device_type = LIDX_CUDA_MANAGED;
+        list.device = s.tensor[0].device;
+        CHECK_INT(run(context, &s), LIDX_OK, what);
+        check_launches(&s, SM90, 0, what);
+        for (int i = 0; i < n_launched; i++) {
+            const struct problem *p = &calls[i].slab.p;
+            CHECK(p->error_word == word && p->query_lengths == memory && p->key_lengths == memory,
+                  "%s: launch %d is told of others", what, i);
+        }
+    }
+    lidx_destroy(context);
+}
+
 /* Whatever fails, the sentence says so, nothing is launched behind it, no error is left for a later
  * launch of the caller's, and the caller's device is current. */
 static void check_failures(void) {
@@ -312,6 +339,7 @@ int main(void) {
     check_workspace();
     check_choice();
     check_devices();
+    check_device_memory();
     check_failures();
     check_info();
     return test_end();
