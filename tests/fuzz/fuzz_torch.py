@@ -5,7 +5,7 @@
 A call either raises a RuntimeError whose sentence says what was wrong (or the TypeError of a schema
 that does not take such a value), or returns indices of the right shape and range without
 repeats, and -1 only at the end. Whatever is passed, the process survives and the inputs stay as
-they were. Hypothesis picks the arguments, so a failure comes with a small example.
+they were, and after a refusal the caller's outputs too. Hypothesis picks the arguments, so a failure comes with a small example.
 """
 import sys
 import time
@@ -18,9 +18,11 @@ import lightning_indexer
 
 OP = torch.ops.lightning_indexer.lightning_indexer
 NPU_OP = torch.ops.lightning_indexer.npu_lightning_indexer
+OUT = torch.ops.lightning_indexer.lightning_indexer_out
 PAIRS = [("BSND", "BSND"), ("TND", "TND"), ("BSND", "PA_BSND"), ("TND", "PA_BSND")]
 NAMES = ("query", "key", "weights", "actual_seq_lengths_query", "actual_seq_lengths_key",
          "block_table")
+OUTPUTS = ("sparse_indices", "sparse_values", "error_word")
 TENSOR_BREAKS = ("none", "drop", "transpose", "squeeze", "unsqueeze", "slice", "dtype", "expand",
                  "empty", "meta", "requires_grad", "sparse", "storage", "values", "negative")
 OPTION_BREAKS = {
@@ -70,6 +72,15 @@ def build(draw):
     return call
 
 
+def build_outputs(draw, call):
+    """What the operator that fills the caller's tensors takes besides."""
+    shape = (*call["query"].shape[:-2], 1, call["sparse_count"])
+    values = draw(st.sampled_from([None, torch.float32, call["query"].dtype]))
+    return {"sparse_indices": torch.full(shape, 77, dtype=torch.int32),
+            "sparse_values": None if values is None else torch.full(shape, 77, dtype=values),
+            "error_word": draw(st.sampled_from([None, torch.zeros(1, dtype=torch.int32)]))}
+
+
 def break_tensor(draw, tensor, how):
     if tensor is None or how == "none" or tensor.layout != torch.strided or tensor.is_meta:
         return tensor
@@ -87,7 +98,8 @@ def break_tensor(draw, tensor, how):
     if how == "dtype":
         return tensor.to(draw(st.sampled_from([torch.float32, torch.float64, torch.int64, torch.int8,
                                                torch.int32, torch.bool, torch.float16,
-                                               torch.bfloat16, torch.complex64])))
+                                               torch.bfloat16, torch.float8_e4m3fn,
+                                               torch.complex64])))
     if how == "expand" and tensor.dim() and tensor.shape[0]:
         return tensor[:1].expand(tensor.shape)
     if how == "empty":
@@ -120,10 +132,10 @@ def same_bits(a, b):
 
 
 def check_answer(call, indices):
-    query = call["query"]
+    count = call["sparse_count"]
     assert indices.dtype == torch.int32
-    assert tuple(indices.shape) == (*query.shape[:-2], 1, call["sparse_count"])
-    row = indices.reshape(-1, call["sparse_count"])
+    assert tuple(indices.shape) == (*call["query"].shape[:-2], 1, count)
+    row = indices.reshape(-1, count)
     assert bool((row >= -1).all())
     empty = row == -1
     assert bool((empty[:, 1:] | ~empty[:, :-1]).all()), "a key behind a -1"
@@ -135,16 +147,22 @@ def check_answer(call, indices):
 @st.composite
 def calls(draw):
     call = build(draw)
+    through = draw(st.sampled_from(["op", "npu_op", "function", "out"]))
+    names = NAMES + tuple(OPTION_BREAKS)
+    if through == "out":
+        call.update(build_outputs(draw, call))
+        names += OUTPUTS
     for _ in range(draw(st.integers(0, 2))):
-        name = draw(st.sampled_from(NAMES + tuple(OPTION_BREAKS)))
+        name = draw(st.sampled_from(names))
         if name in OPTION_BREAKS:
             call[name] = draw(OPTION_BREAKS[name])
         else:
             call[name] = break_tensor(draw, call[name], draw(st.sampled_from(TENSOR_BREAKS)))
-    return call, draw(st.sampled_from(["op", "npu_op", "function"]))
+    return call, through
 
 
 def run(call, through):
+    """The indices; where they are the caller's own, sparse_count is what these say."""
     if through == "op":
         return OP(*(call[name] for name in NAMES), call["layout_query"], call["layout_key"],
                     call["sparse_count"], call["sparse_mode"])
@@ -152,23 +170,32 @@ def run(call, through):
         return NPU_OP(call["query"], call["key"], call["weights"],
                    **{name: value for name, value in call.items()
                       if name not in ("query", "key", "weights")})[0]
-    return lightning_indexer.lightning_indexer(**call)
+    if through == "function":
+        return lightning_indexer.lightning_indexer(**call)
+    OUT(**{name: value for name, value in call.items() if name != "sparse_count"})
+    call["sparse_count"] = call["sparse_indices"].shape[-1]
+    return call["sparse_indices"]
+
+
+def copies(call, names):
+    return {name: call[name].detach().clone() for name in names
+            if call.get(name) is not None and call[name].layout == torch.strided}
 
 
 def check(case):
     call, through = case
-    before = {name: call[name].detach().clone() for name in NAMES
-              if call[name] is not None and call[name].layout == torch.strided}
+    inputs, outputs = copies(call, NAMES), copies(call, OUTPUTS)
     try:
         indices = run(call, through)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         assert len(str(error)) > 15, f"no sentence: {error!r}"
         tried["refused"] += 1
+        inputs.update(outputs)
     else:
         tried["accepted"] += 1
         if indices.device.type == "cpu":
             check_answer(call, indices)
-    for name, tensor in before.items():
+    for name, tensor in inputs.items():
         assert same_bits(call[name].detach(), tensor), f"{name} was written to"
 
 
