@@ -32,7 +32,7 @@
 #include <cuda_runtime.h>
 
 #include "allow_shared.cuh"
-#include "smxx_sums.cuh"
+#include "smxx_passage.cuh"
 
 /* ---- the kernel ------------------------------------------------------------------------------ */
 
@@ -55,23 +55,9 @@ template <typename T, int D, bool ALIGNED, int N_OCTETS>
 static __device__ __forceinline__ void
 run_item(const struct slab *s, const struct plan *plan, const struct item *item,
          struct shared_state *state, uint32_t ring_address, struct ring first, uint32_t used) {
-    constexpr uint32_t SLOT_BYTES = SLOT_KEYS * D * 2;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    uint32_t full = smem_address(state->full), empty = smem_address(state->empty);
-    int32_t n_slots = item->slot_end - item->slot_begin, ahead = plan->n_slots - SLOT_SLACK;
-
-    int32_t filled = (warp - used) % WARPS;
-    struct ring fill = first;
-    advance(&fill, filled, plan->n_slots);
-    auto fill_next = [&] {
-        mbarrier_wait(empty + fill.slot * 8, fill.parity ^ 1);
-        fill_slot<D, ALIGNED>(s, plan, item, item->slot_begin + filled,
-                              ring_address + fill.slot * SLOT_BYTES, full + fill.slot * 8);
-        advance(&fill, WARPS, plan->n_slots);
-        filled += WARPS;
-    };
-    while (filled < ahead && filled < n_slots)
-        fill_next();
+    struct passage<D, ALIGNED> way(s, plan, item, state, ring_address);
+    way.begin_filling(first, (warp - used) % WARPS);
 
     int n_groups =
         plan->split ? item->rows * 2 : ((item->rows << plan->head_shift) + GROUP - 1) / GROUP;
@@ -88,54 +74,29 @@ run_item(const struct slab *s, const struct plan *plan, const struct item *item,
         *sink = make_sink(s, plan, item, group);
     __syncwarp();
 
-    struct ring read = first;
-    advance(&read, warp >> spread, plan->n_slots);
-    auto begin_slot = [&](int32_t slot) {
-        if (filled < n_slots && filled <= slot + ahead)
-            fill_next();
-        struct lane_target target = {(item->slot_begin + slot) * SLOT_KEYS + lane_key(), false};
-        if (s->p.page_size && target.key < item->last_visible) {
-            int32_t id = __ldg(item->table + page_of(target.key, plan->page_magic));
-            target.masked = id < 0 || id >= s->p.n_pages;
-        }
-        mbarrier_wait(full + read.slot * 8, read.parity);
-        return target;
-    };
-    auto end_slot = [&] {
-        __syncwarp();
-        if (lane < stride)
-            mbarrier_arrive(empty + read.slot * 8);
-        advance(&read, stride, plan->n_slots);
-    };
-
+    way.read = first;
+    advance(&way.read, warp >> spread, plan->n_slots);
     int32_t slot = warp >> spread;
     if (group >= n_groups) {
-        for (; slot < n_slots; slot += stride) {
-            begin_slot(slot);
+        for (; slot < way.n_slots; slot += stride) {
+            way.begin_slot(slot);
             await_turn();
             give_turn();
-            end_slot();
+            way.end_slot(stride);
         }
     } else {
-        for (; slot < n_slots; slot += stride) {
-            struct lane_target target = begin_slot(slot);
+        for (; slot < way.n_slots; slot += stride) {
+            struct lane_target target = way.begin_slot(slot);
             float left[HEAD_TILES][2][4], right[HEAD_TILES][2][4];
-            multiply_slot<T, D, N_OCTETS == 0>(left, right, a,
-                                               ring_address + read.slot * SLOT_BYTES);
-            end_slot();
+            multiply_slot<T, D, N_OCTETS == 0>(left, right, a, way.slot_address());
+            way.end_slot(stride);
             int turn = (slot & stride) != 0; /* alternates */
-            if constexpr (N_OCTETS != 0)
-                sum_slot_of<N_OCTETS, false>(plan, state, left, right, w, heads, sink, target,
-                                             turn);
-            else if (padded)
-                sum_slot<true>(plan, state, left, right, w, heads, sink, target, turn);
-            else
-                sum_slot<false>(plan, state, left, right, w, heads, sink, target, turn);
+            sum_slot<N_OCTETS>(plan, state, left, right, w, heads, padded, sink, target, turn);
         }
     }
-    while (filled < n_slots)
-        fill_next();
-    if (slot < (n_slots + stride - 1) / stride * stride) { /* the other warp has a slot more */
+    while (way.filled < way.n_slots)
+        way.fill_next();
+    if (slot < (way.n_slots + stride - 1) / stride * stride) { /* the other warp has a slot more */
         await_turn();
         give_turn();
     }

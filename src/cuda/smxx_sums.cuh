@@ -205,7 +205,7 @@ store_slot(const struct plan *plan, struct shared_state *state, float (&part)[OC
         store_scores<N_OCTETS>(part, sink, target);
 }
 
-/* A slot's products, both halves, to scores. */
+/* A slot's products, both halves, to scores: sum_slot, which picks one of these. */
 template <int N_OCTETS, bool PADDED>
 static __device__ __forceinline__ void
 sum_slot_of(const struct plan *plan, struct shared_state *state,
@@ -220,9 +220,10 @@ sum_slot_of(const struct plan *plan, struct shared_state *state,
 
 template <bool PADDED>
 static __device__ __forceinline__ void
-sum_slot(const struct plan *plan, struct shared_state *state, const float (&left)[HEAD_TILES][2][4],
-         const float (&right)[HEAD_TILES][2][4], const float (&w)[OCTETS], uint32_t heads,
-         const struct sink *sink, struct lane_target target, int turn) {
+sum_slot_as(const struct plan *plan, struct shared_state *state,
+            const float (&left)[HEAD_TILES][2][4], const float (&right)[HEAD_TILES][2][4],
+            const float (&w)[OCTETS], uint32_t heads, const struct sink *sink,
+            struct lane_target target, int turn) {
     if (plan->head_shift == 6)
         sum_slot_of<8, PADDED>(plan, state, left, right, w, heads, sink, target, turn);
     else if (plan->head_shift == 5)
@@ -231,6 +232,20 @@ sum_slot(const struct plan *plan, struct shared_state *state, const float (&left
         sum_slot_of<2, PADDED>(plan, state, left, right, w, heads, sink, target, turn);
     else
         sum_slot_of<1, PADDED>(plan, state, left, right, w, heads, sink, target, turn);
+}
+
+/* N_OCTETS as the kernel instance has it: 0 where it knows nothing of the head count. */
+template <int N_OCTETS>
+static __device__ __forceinline__ void
+sum_slot(const struct plan *plan, struct shared_state *state, const float (&left)[HEAD_TILES][2][4],
+         const float (&right)[HEAD_TILES][2][4], const float (&w)[OCTETS], uint32_t heads,
+         bool padded, const struct sink *sink, struct lane_target target, int turn) {
+    if constexpr (N_OCTETS != 0)
+        sum_slot_of<N_OCTETS, false>(plan, state, left, right, w, heads, sink, target, turn);
+    else if (padded)
+        sum_slot_as<true>(plan, state, left, right, w, heads, sink, target, turn);
+    else
+        sum_slot_as<false>(plan, state, left, right, w, heads, sink, target, turn);
 }
 
 static __device__ __forceinline__ struct sink
