@@ -35,6 +35,14 @@ def test_help_and_version():
     assert json.loads(lidx("info", "--json").stdout)["version"] == version.split()[1]
 
 
+def test_man_page_names_all_commands():
+    page = (pathlib.Path(ROOT) / "docs" / "lidx.1").read_text()
+    commands = re.findall(r"^  (\w+) ", lidx("--help").stdout, re.MULTILINE)
+    assert len(commands) == 5
+    for command in commands:
+        assert re.search(rf'^\.BR? "?{command}\b', page, re.MULTILINE), command
+
+
 def test_info():
     report = json.loads(lidx("info", "--json").stdout)
     names = [kernel["name"] for kernel in report["kernels"]]
