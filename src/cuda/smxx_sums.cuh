@@ -205,7 +205,7 @@ store_slot(const struct plan *plan, struct shared_state *state, float (&part)[OC
         store_scores<N_OCTETS>(part, sink, target);
 }
 
-/* A slot's products, both halves, to scores: sum_slot, which picks one of these. */
+/* A slot's products, both halves, to scores. sum_slot below picks the instance. */
 template <int N_OCTETS, bool PADDED>
 static __device__ __forceinline__ void
 sum_slot_of(const struct plan *plan, struct shared_state *state,
