@@ -60,7 +60,7 @@ room 'src/cuda/*.cu src/cuda/*.cuh src/cuda/*.h' \
 verdict "$(grep -ln 'include.*src/' tools/*.[ch] bindings/*.[ch] examples/*.c 2>/dev/null || true)" \
     'tools, bindings and examples see include/ only'
 verdict "$(grep -n 'include.*\.\./src/' tests/*.[ch] |
-    grep -Ev '^tests/(test_kernels|kernel_data|kernel_speed|test_plan|test_topk|test_schedule|cuda_notes|amx_emulated|amx_emulation)\.[ch]:' || true)" \
+    grep -Ev '^tests/(test_kernels|kernel_data|kernel_speed|test_worker|test_plan|test_topk|test_schedule|cuda_notes|amx_emulated|amx_emulation)\.[ch]:' || true)" \
     'only tests of inner rooms include them'
 
 # The library computes and returns: no words to the terminal, no exit, memory only with a context.

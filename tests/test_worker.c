@@ -1,0 +1,151 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What the worker owes a kernel, on machines without AMX too, whose kernel alone takes two query
+ * tokens at once: a kernel of two rows that stands beside scalar in a table of its own, does what
+ * scalar does and watches how it is called. Its answers must be scalar's, bit by bit.
+ *
+ *     test_worker [CASES]
+ */
+#include "test.h"
+
+#include "../src/cpu/kernels.h"
+
+#include "answers.h"
+#include "contexts.h"
+
+enum { TILE = 96, AHEAD = 64 }; /* small tiles, so that small cases have many */
+
+/* ---- the table ------------------------------------------------------------------------------- */
+
+static struct kernel pairs; /* scalar, and what follows below */
+
+const struct kernel *const lidx_kernels[] = {&pairs, &lidx_kernel_scalar, NULL};
+
+const struct kernel *lidx_kernel_choose(const char *forced) {
+    return forced && strcmp(forced, "scalar") == 0 ? &lidx_kernel_scalar : &pairs;
+}
+
+int lidx_kernel_usable(const struct kernel *kernel) {
+    return kernel != NULL;
+}
+
+const char *lidx_kernel_reason(const struct kernel *kernel) {
+    return kernel->name;
+}
+
+/* ---- the kernel ------------------------------------------------------------------------------ */
+
+/* Counted by all threads, and looked at between runs. */
+static _Atomic long n_twos, n_aheads;
+static _Atomic long n_misaligned, n_too_long, n_not_fetched;
+
+/* What a thread was last told comes next. */
+static _Thread_local const void *next[AHEAD];
+static _Thread_local int n_next;
+
+static void watch(const float *score, const void *packed, const struct key_run *run) {
+    const int blocks = (run->n_keys + KEY_BLOCK - 1) / KEY_BLOCK;
+    n_misaligned += ((uintptr_t)score | (uintptr_t)packed) % 64 != 0;
+    n_too_long += run->n_keys < 1 || run->n_keys > TILE || run->n_ahead > AHEAD;
+    for (int i = 0; i < n_next && i < blocks; i++)
+        n_not_fetched += run->block[i] != next[i];
+    n_next = run->n_ahead;
+    for (int i = 0; i < n_next && i < AHEAD; i++)
+        next[i] = run->block[blocks + i];
+    n_aheads += run->n_ahead > 0;
+}
+
+static void score_one(int dtype, float *score, const void *packed, int n_heads, int head_dim,
+                      const struct key_run *run) {
+    watch(score, packed, run);
+    lidx_kernel_scalar.path[dtype].score(score, packed, n_heads, head_dim, run);
+}
+
+static void score_bf16(float *score, const void *packed, int n_heads, int head_dim,
+                       const struct key_run *run) {
+    score_one(DTYPE_BF16, score, packed, n_heads, head_dim, run);
+}
+
+static void score_fp16(float *score, const void *packed, int n_heads, int head_dim,
+                       const struct key_run *run) {
+    score_one(DTYPE_FP16, score, packed, n_heads, head_dim, run);
+}
+
+static void score_two(int dtype, float *const score[2], const void *const packed[2], int n_heads,
+                      int head_dim, const struct key_run *run) {
+    n_twos++;
+    watch(score[0], packed[0], run);
+    n_misaligned += ((uintptr_t)score[1] | (uintptr_t)packed[1]) % 64 != 0;
+    for (int i = 0; i < 2; i++)
+        lidx_kernel_scalar.path[dtype].score(score[i], packed[i], n_heads, head_dim, run);
+}
+
+static void score_two_bf16(float *const score[2], const void *const packed[2], int n_heads,
+                           int head_dim, const struct key_run *run) {
+    score_two(DTYPE_BF16, score, packed, n_heads, head_dim, run);
+}
+
+static void score_two_fp16(float *const score[2], const void *const packed[2], int n_heads,
+                           int head_dim, const struct key_run *run) {
+    score_two(DTYPE_FP16, score, packed, n_heads, head_dim, run);
+}
+
+static void make_kernel(void) {
+    pairs = lidx_kernel_scalar;
+    pairs.name = "pairs";
+    pairs.path[DTYPE_BF16].score = score_bf16;
+    pairs.path[DTYPE_FP16].score = score_fp16;
+    pairs.score_two[DTYPE_BF16] = score_two_bf16;
+    pairs.score_two[DTYPE_FP16] = score_two_fp16;
+    pairs.shares_keys[DTYPE_BF16] = pairs.shares_keys[DTYPE_FP16] = 1;
+    pairs.tile_keys = TILE;
+}
+
+/* ---- cases ----------------------------------------------------------------------------------- */
+
+static void check_case(long number, struct lidx_context *scalar,
+                       struct lidx_context *const watched[2]) {
+    struct rng rng = rng_seed((uint64_t)number * 13 + 5);
+    struct scenario s;
+    struct form f = {0};
+    struct rendering r;
+    struct answers answers;
+    scenario_make(&s, &rng, number % 20 == 19 ? 1e7 : 3e5); /* some rows with more than fits */
+    form_whole(&f, &s);
+    form_random_layout(&f, &rng);
+    f.values = 1;
+    rendering_make(&r, &s, &f, &rng);
+    answers_make(&answers, &s);
+    if (CHECK(lidx_run(scalar, &r.args) == LIDX_OK, "case %ld: %s", number, lidx_last_error())) {
+        answers_keep(&answers, &s, &r, &f);
+        for (int i = 0; i < 2; i++) {
+            n_misaligned = n_too_long = n_not_fetched = 0;
+            rendering_poison(&r);
+            CHECK_INT(lidx_run(watched[i], &r.args), LIDX_OK, "a case");
+            answers_check(&answers, &s, &r, &f, "case %ld, %s", number,
+                          i ? "4 threads" : "1 thread");
+            CHECK(!n_misaligned, "case %ld: scores or queries not aligned", number);
+            CHECK(!n_too_long, "case %ld: a tile of more keys than were asked for", number);
+            CHECK(!n_not_fetched, "case %ld: keys ahead are not those that come next", number);
+        }
+    }
+    answers_free(&answers, &s);
+    scenario_free(&s);
+}
+
+int main(int argc, char **argv) {
+    const char *text = argc > 1 ? argv[1] : getenv("LIDX_TEST_CASES");
+    long cases = text ? atol(text) : 300;
+    make_kernel();
+    struct lidx_context *scalar = make_context("scalar", 1);
+    struct lidx_context *watched[2] = {make_context("pairs", 1), make_context("pairs", 4)};
+    for (long number = 0; number < cases; number++)
+        check_case(number, scalar, watched);
+    CHECK(n_twos > 0 && n_aheads > 0, "%ld calls for two tokens, %ld with keys ahead", (long)n_twos,
+          (long)n_aheads);
+    lidx_destroy(scalar);
+    lidx_destroy(watched[0]);
+    lidx_destroy(watched[1]);
+    rendering_release();
+    return test_end();
+}
