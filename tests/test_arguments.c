@@ -228,6 +228,17 @@ static void check_empty_table(void) {
     }
 }
 
+/* Packed tokens that belong to no batch see no keys. */
+static void check_tokens_without_batches(void) {
+    struct call c;
+    valid_call(&c, TND_TND);
+    c.shape[QL][0] = c.shape[KL][0] = 0;
+    accept(context, &c, say("no batches", TND_TND, QL));
+    for (int i = 0; i < B * S1 * TOP; i++)
+        CHECK(c.indices[i] == -1 && c.values[i] == -INFINITY, "no batches: slot %d is %d, %g", i,
+              c.indices[i], (double)c.values[i]);
+}
+
 /* B = 2^40 without tokens is legal, and no work. */
 static void check_many_empty_batches(void) {
     struct call c;
@@ -263,6 +274,7 @@ int main(void) {
     check_layouts();
     check_counts();
     check_empty_table();
+    check_tokens_without_batches();
     check_many_empty_batches();
     lidx_destroy(context);
     return test_end();
