@@ -37,15 +37,29 @@ const char *lidx_kernel_reason(const struct kernel *kernel) {
 
 /* Counted by all threads, and looked at between runs. */
 static _Atomic long n_twos, n_aheads;
-static _Atomic long n_misaligned, n_too_long, n_not_fetched;
+static _Atomic long n_misaligned, n_too_long, n_not_fetched, n_outside;
+static _Atomic long n_inside; /* threads between enter() and leave() */
+
+static _Thread_local int is_inside;
 
 /* What a thread was last told comes next. */
 static _Thread_local const void *next[AHEAD];
 static _Thread_local int n_next;
 
+static void enter(void) {
+    n_inside++;
+    is_inside++;
+}
+
+static void leave(void) {
+    n_inside--;
+    is_inside--;
+}
+
 static void watch(const float *score, const void *packed, const struct key_run *run) {
     const int blocks = (run->n_keys + KEY_BLOCK - 1) / KEY_BLOCK;
     n_misaligned += ((uintptr_t)score | (uintptr_t)packed) % 64 != 0;
+    n_outside += is_inside != 1;
     n_too_long += run->n_keys < 1 || run->n_keys > TILE || run->n_ahead > AHEAD;
     for (int i = 0; i < n_next && i < blocks; i++)
         n_not_fetched += run->block[i] != next[i];
@@ -93,6 +107,8 @@ static void score_two_fp16(float *const score[2], const void *const packed[2], i
 static void make_kernel(void) {
     pairs = lidx_kernel_scalar;
     pairs.name = "pairs";
+    pairs.enter = enter;
+    pairs.leave = leave;
     pairs.path[DTYPE_BF16].score = score_bf16;
     pairs.path[DTYPE_FP16].score = score_fp16;
     pairs.score_two[DTYPE_BF16] = score_two_bf16;
@@ -137,12 +153,14 @@ static void check_case(long number, struct lidx_context *scalar,
     if (CHECK(lidx_run(scalar, &r.args) == LIDX_OK, "case %ld: %s", number, lidx_last_error())) {
         answers_keep(&answers, &s, &r, &f);
         for (int i = 0; i < 2; i++) {
-            n_misaligned = n_too_long = n_not_fetched = 0;
+            n_misaligned = n_too_long = n_not_fetched = n_outside = 0;
             rendering_poison(&r);
             CHECK_INT(lidx_run(watched[i], &r.args), LIDX_OK, "a case");
             answers_check(&answers, &s, &r, &f, "case %ld, %s", number,
                           i ? "4 threads" : "1 thread");
             CHECK(!n_misaligned, "case %ld: scores or queries not aligned", number);
+            CHECK(!n_outside && !n_inside, "case %ld: called before enter() or after leave()",
+                  number);
             CHECK(!n_too_long, "case %ld: a tile of more keys than were asked for", number);
             CHECK(!n_not_fetched, "case %ld: keys ahead are not those that come next", number);
         }
