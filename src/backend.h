@@ -13,8 +13,7 @@
 /* What a CUDA run has beyond the problem. */
 struct run_resources {
     void *stream;
-    void *workspace;
-    size_t workspace_size;
+    void *workspace; /* as large as workspace_size() said, or larger */
     int32_t device_id;
 };
 

@@ -224,7 +224,6 @@ int lidx_run(struct lidx_context *context, const struct lidx_args *args) {
     status = backends[i]->workspace_size(context->state[i], &p, device.device_id, &needed);
     if (status || (status = check_workspace(args, needed)))
         return status;
-    const struct run_resources resources = {args->stream, args->workspace, args->workspace_size,
-                                            device.device_id};
+    const struct run_resources resources = {args->stream, args->workspace, device.device_id};
     return backends[i]->run(context->state[i], &p, &resources);
 }

@@ -345,7 +345,6 @@ static struct answer select_rows(const struct test_case &c, const struct expecta
         s.row_begin = begin;
         s.row_end = std::min(begin + step, e.rows);
         s.scores = scores + begin * e.stride;
-        s.first = begin == 0;
         MUST(lidx_launch_topk(&s, NULL));
     }
     MUST(cudaGetLastError());
@@ -563,7 +562,7 @@ static __global__ void fill(float *score, int64_t n, int64_t stride, int kind) {
 }
 
 static double time_one(int64_t rows, int64_t n_key, int top_k, int kind, int values, int32_t n_sm,
-                       int repeat, int first) {
+                       int repeat, int prepared) {
     struct slab s;
     memset(&s, 0, sizeof s);
     struct problem *p = &s.p;
@@ -594,7 +593,7 @@ static double time_one(int64_t rows, int64_t n_key, int top_k, int kind, int val
     MUST(cudaMalloc(&flush, flush_bytes));
     MUST(cudaMemset(s.scratch, 0, room + 4));
     fill<<<2048, 256>>>(s.scores, rows * n_key, n_key, kind);
-    s.first = first;
+    s.prepared = prepared;
     std::vector<float> t;
     cudaEvent_t e[2];
     MUST(cudaEventCreate(&e[0]));
@@ -629,23 +628,23 @@ static void time_all(int32_t n_sm) {
                   {64, 8192, 10},   {256, 16384, 24},   {16, 65536, 0},     {32, 65536, 0},
                   {1, 1048576, 0},  {1024, 131072, 240}};
     for (auto &x : shapes)
-        printf("%5lld x %-7lld %7.1f us (goal %.0f), with values %.1f, first slab %.1f\n",
+        printf("%5lld x %-7lld %7.1f us (goal %.0f), with values %.1f, unprepared %.1f\n",
                (long long)x.rows, (long long)x.n_key,
-               time_one(x.rows, x.n_key, 2048, 0, 0, n_sm, 15, 0), x.goal,
-               time_one(x.rows, x.n_key, 2048, 0, 1, n_sm, 15, 0),
-               time_one(x.rows, x.n_key, 2048, 0, 0, n_sm, 15, 1));
+               time_one(x.rows, x.n_key, 2048, 0, 0, n_sm, 15, 1), x.goal,
+               time_one(x.rows, x.n_key, 2048, 0, 1, n_sm, 15, 1),
+               time_one(x.rows, x.n_key, 2048, 0, 0, n_sm, 15, 0));
     printf("k on 2048 x 8192, 2048 x 65536, 1 x 131072:");
     for (int k : {64, 512, 2049, 4096, 8192})
-        printf("  %d: %.0f %.0f %.1f", k, time_one(2048, 8192, k, 0, 0, n_sm, 7, 0),
-               time_one(2048, 65536, k, 0, 0, n_sm, 5, 0),
-               time_one(1, 131072, k, 0, 0, n_sm, 7, 0));
+        printf("  %d: %.0f %.0f %.1f", k, time_one(2048, 8192, k, 0, 0, n_sm, 7, 1),
+               time_one(2048, 65536, k, 0, 0, n_sm, 5, 1),
+               time_one(1, 131072, k, 0, 0, n_sm, 7, 1));
     printf("\nbad data: 8192 x 8192, 2048 x 65536, 1 x 131072, 64 x 65536\n");
     for (int kind : {0, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 19})
         printf("%-9s %6.0f %6.0f %6.1f %6.1f\n", data_names[kind],
-               time_one(8192, 8192, 2048, kind, 0, n_sm, 5, 0),
-               time_one(2048, 65536, 2048, kind, 0, n_sm, 5, 0),
-               time_one(1, 131072, 2048, kind, 0, n_sm, 9, 0),
-               time_one(64, 65536, 2048, kind, 0, n_sm, 9, 0));
+               time_one(8192, 8192, 2048, kind, 0, n_sm, 5, 1),
+               time_one(2048, 65536, 2048, kind, 0, n_sm, 5, 1),
+               time_one(1, 131072, 2048, kind, 0, n_sm, 9, 1),
+               time_one(64, 65536, 2048, kind, 0, n_sm, 9, 1));
 }
 #endif
 
@@ -672,9 +671,9 @@ int main(int argc, char **argv) {
         if (all || what == "time")
             time_all(n_sm);
         if (what == "profile") { /* one launch of each regime, for a profiler */
-            time_one(8192, 8192, 2048, 0, 0, n_sm, 1, 0);
-            time_one(2048, 65536, 2048, 0, 0, n_sm, 1, 0);
-            time_one(1, 131072, 2048, 0, 0, n_sm, 1, 0);
+            time_one(8192, 8192, 2048, 0, 0, n_sm, 1, 1);
+            time_one(2048, 65536, 2048, 0, 0, n_sm, 1, 1);
+            time_one(1, 131072, 2048, 0, 0, n_sm, 1, 1);
         }
 #endif
     }

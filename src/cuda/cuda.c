@@ -201,7 +201,6 @@ static int run_slabs(const struct score_kernel *kernel, const struct problem *p,
         .scratch = d.scratch ? (unsigned char *)resources->workspace + d.scores : NULL,
         .n_sm = device->n_sm,
         .compute = device->compute,
-        .first = 1,
     };
     int64_t total = lidx_rows(p);
     slab.row_end = d.rows < total ? d.rows : total;
@@ -211,7 +210,7 @@ static int run_slabs(const struct score_kernel *kernel, const struct problem *p,
     if ((code = lidx_prepare_topk(&slab, resources->stream)))
         return fail_cuda("preparing the selection", code);
     slab.prepared = 1;
-    for (; slab.row_begin < total; slab.row_begin = slab.row_end, slab.first = 0) {
+    for (; slab.row_begin < total; slab.row_begin = slab.row_end) {
         slab.row_end = slab.row_begin + d.rows < total ? slab.row_begin + d.rows : total;
         if ((code = kernel->launch(&slab, resources->stream)))
             return fail_cuda("launching the scores", code);

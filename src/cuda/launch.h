@@ -33,7 +33,6 @@ struct slab {
     void *scratch;         /* the selection's own, see lidx_topk_scratch */
     int32_t n_sm;          /* multiprocessors of the device */
     int32_t compute;       /* compute capability, 90 for 9.0 */
-    int32_t first;         /* this is the run's first slab */
     int32_t prepared;      /* lidx_prepare_topk has been called for the run */
 };
 

@@ -17,7 +17,6 @@ enum {
     GROUP = 64, /* heads of a warp */
     OCTETS = GROUP / 8,
     HEAD_TILES = GROUP / 16,
-    KEY_TILES = SLOT_KEYS / 8,
     SLOTS_MAX = 24,
     SLOTS_MIN = 12,
     LEAST_SHARED = 99 << 10, /* bytes a block may have: compute capability 8.6, 8.9, 12.0 */
