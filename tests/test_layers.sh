@@ -95,7 +95,7 @@ done)" 'docs/design.md has nothing on its map that is not there'
 sources=$(find src include tools bindings tests examples bench \
     \( -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py' -o -name '*.sh' \) \
     -not -path '*/build*')
-header_version=$(sed -n 's/^#define LIDX_VERSION_[A-Z]* //p' include/lightning_indexer.h | paste -sd .)
+header_version=$(sed -n 's/^#define LIDX_VERSION_[A-Z]* //p' include/lightning_indexer.h | paste -sd . -)
 verdict "$(grep -q "^project(lightning_indexer VERSION $header_version " CMakeLists.txt || echo CMakeLists.txt)" \
     'the header and the build have one version'
 
