@@ -11,8 +11,8 @@ extern const struct kernel *const lidx_kernels[]; /* ends with NULL; scalar is t
 extern const struct kernel lidx_kernel_scalar;
 
 /* The kernel for this machine, or the one of that name; NULL when `forced` is no kernel of the
- * table. Features, vendor and family decide, never a timing: two runs on one machine choose
- * alike, since the last bits of a score depend on the kernel. */
+ * table. Features and vendor decide, never a timing: two runs on one machine choose alike,
+ * since the last bits of a score depend on the kernel. */
 const struct kernel *lidx_kernel_choose(const char *forced);
 
 int lidx_kernel_usable(const struct kernel *kernel);
