@@ -154,7 +154,7 @@ static uint64_t bound_of_sample(const struct topk_loops *loops, const uint64_t *
     return r.low;
 }
 
-/* A bound that a few more than k of n entries reach, if a sample of every so manieth tells the
+/* A bound that a few more than k of n entries reach, if a sample spread evenly over them tells the
  * truth. */
 static uint64_t guess_bound(const struct topk *t) {
     uint64_t sample[SAMPLE];

@@ -60,8 +60,8 @@ int lidx_launch_score_sm90(const struct slab *s, void *stream);
 int lidx_launch_count(const struct slab *s, void *stream);
 
 /* Clears the counters in the scratch of a run, if it will need them, given its first slab; the
- * caller then sets `prepared` in all of its slabs. Without it the first lidx_launch_topk does this,
- * between scores and selection, where the one could be under way before the other has ended. */
+ * caller then sets `prepared` in all of its slabs. Without that each lidx_launch_topk that needs
+ * them clears them itself, between scores and selection, so that these two do not overlap. */
 int lidx_prepare_topk(const struct slab *s, void *stream);
 
 /* Orders and writes every output row of the slab: indices, and values if asked for. On SM90 and
