@@ -48,7 +48,7 @@ others=$(for file in src/cpu/*.c src/cpu/*.h; do
     case " $isa " in *" ${stem%%[._]*} "*) ;; *) echo "$file" ;; esac
 done | tr '\n' ' ')
 # shellcheck disable=SC2086 # room splits its first argument itself
-room "$others" "$c|$public|$above|\"(answer|environment|features|kernel|kernels|plan|split|topk|topk_x86|worker)\.h\"|$intrinsics|<omp\.h>|<(sys/auxv|sys/syscall|pthread|unistd)\.h>"
+room "$others" "$c|$public|$above|\"(answer|environment|features|join|kernel|kernels|plan|split|topk|topk_x86|worker)\.h\"|$intrinsics|<omp\.h>|<(sys/auxv|sys/syscall|pthread|unistd)\.h>"
 for stem in $isa; do
     room "src/cpu/$stem.[ch] src/cpu/${stem}_*.[ch]" "$c|\"\.\./dtype\.h\"|\"(kernel|features|avx512|avx2_multiply|amx(_[a-z]+)?)\.h\"|$intrinsics"
 done
@@ -60,7 +60,7 @@ room 'src/cuda/*.cu src/cuda/*.cuh src/cuda/*.h' \
 verdict "$(grep -ln 'include.*src/' tools/*.[ch] bindings/*.[ch] examples/*.c 2>/dev/null || true)" \
     'tools, bindings and examples see include/ only'
 verdict "$(grep -n 'include.*\.\./src/' tests/*.[ch] |
-    grep -Ev '^tests/(test_kernels|kernel_data|kernel_speed|test_worker|test_plan|test_topk|test_schedule|cuda_notes|amx_emulated|amx_emulation)\.[ch]:' || true)" \
+    grep -Ev '^tests/(test_kernels|kernel_data|kernel_speed|test_worker|test_plan|test_topk|test_join|test_schedule|cuda_notes|amx_emulated|amx_emulation)\.[ch]:' || true)" \
     'only tests of inner rooms include them'
 
 # The library computes and returns: no words to the terminal, no exit, memory only with a context.

@@ -279,6 +279,85 @@ static void check_add(const struct input *in, int k, const struct topk_loops *lo
     guard_free(&memory[1]);
 }
 
+/* A bound that may be anything: often an entry, seldom one that all reach or none. */
+static uint64_t any_bound(const struct input *in, struct rng *rng) {
+    int i = in->n ? (int)rng_below(rng, (uint64_t)in->n) : 0;
+    if (in->n == 0 || rng_one_in(rng, 6))
+        return rng_one_in(rng, 2) ? 1 : INT64_MAX;
+    return lidx_topk_entry(in->score[i], (uint32_t)(in->offset + i));
+}
+
+/* Divides the candidates at a bound and checks that none is lost; returns how many are the rest. */
+static int check_divide(struct topk *t, uint64_t bound, struct guard *rest, const char *what) {
+    int n = t->n, reach = lidx_topk_count(t, bound), wrong = 0;
+    uint64_t sum = 0;
+    for (int i = 0; i < n; i++)
+        sum += t->entry[i];
+    *rest = guard_after(sizeof(uint64_t) * (size_t)(n - reach + TOPK_SLACK));
+    uint64_t *entry = (uint64_t *)(void *)rest->data;
+    int n_rest = lidx_topk_divide(t, bound, entry);
+    for (int i = 0; i < t->n; i++) {
+        sum -= t->entry[i];
+        wrong += t->entry[i] < bound;
+    }
+    for (int i = 0; i < n_rest; i++) {
+        sum -= entry[i];
+        wrong += entry[i] >= bound;
+    }
+    CHECK(t->n == reach && n_rest == n - reach && sum == 0 && wrong == 0,
+          "%s: %d and %d of %d candidates, of which %d reach the bound", what, t->n, n_rest, n,
+          reach);
+    return n_rest;
+}
+
+/* Takes all of the rest, and before some of it, to count what is above that. */
+static void check_take(struct topk *whole, struct topk *some, const uint64_t *rest, int n,
+                       uint64_t above, const char *what) {
+    int n_above = 0, kept = some->n;
+    for (int i = 0; i < n; i++)
+        n_above += rest[i] >= above;
+    int counted = lidx_topk_take(some, rest, n, above - above / 8, above);
+    CHECK(counted == n_above, "%s: %d entries above, not %d", what, n_above, counted);
+    for (int i = kept; i < some->n; i++)
+        if (!CHECK(some->entry[i] >= above - above / 8 && some->entry[i] < above,
+                   "%s: took an entry out of range", what))
+            break;
+    CHECK_INT(lidx_topk_take(whole, rest, n, 1, INT64_MAX), 0, what);
+}
+
+/* The stream in pieces, of each the better ones sorted and the rest as it is, brought together. */
+static void check_rest(const struct input *in, int k, const struct topk_loops *loops,
+                       struct rng *rng, const char *what) {
+    enum { PIECES = 9 };
+    struct guard memory[3] = {entries(k), entries(k), entries(k)}, rest;
+    struct topk whole, some, part;
+    uint64_t bound = any_bound(in, rng), least = 0;
+    if (in->n >= k) /* what k entries reach */
+        least =
+            lidx_topk_entry(in->score[in->order[k - 1] - in->offset], (uint32_t)in->order[k - 1]);
+    lidx_topk_reset(&whole, k, (uint64_t *)(void *)memory[0].data, loops);
+    for (int i = 0, begin = 0, end; i < PIECES; i++, begin = end) {
+        end = i + 1 == PIECES ? in->n : (int)rng_between(rng, begin, in->n);
+        lidx_topk_reset(&part, k, (uint64_t *)(void *)memory[1].data, loops);
+        lidx_topk_reset(&some, k, (uint64_t *)(void *)memory[2].data, loops);
+        push_range(&part, in, begin, end, rng);
+        lidx_topk_move(&part, part.entry);
+        if (least && rng_one_in(rng, 2))
+            lidx_topk_raise(&part, least);
+        lidx_topk_cut(&part);
+        CHECK(part.n <= lidx_topk_rough(k), "%s: a cut leaves %d", what, part.n);
+        int n_rest = check_divide(&part, bound, &rest, what);
+        check_take(&whole, &some, (uint64_t *)(void *)rest.data, n_rest, any_bound(in, rng), what);
+        lidx_topk_sort(&part);
+        lidx_topk_add(&whole, part.entry, part.n);
+        guard_free(&rest);
+    }
+    lidx_topk_sort(&whole);
+    check_answer(&whole, in, k, what);
+    for (int i = 0; i < 3; i++)
+        guard_free(&memory[i]);
+}
+
 static int pick_k(struct rng *rng, int n) {
     switch (rng_below(rng, 8)) {
     case 0:
@@ -319,6 +398,7 @@ static void run_case(long number, const struct topk_loops *loops, const char *lo
     check_merge(&in, k, loops, &rng, what);
     check_merged_parts(&in, k, loops, &rng, what);
     check_add(&in, k, loops, &rng, what);
+    check_rest(&in, k, loops, &rng, what);
     free(in.score);
     free(in.order);
     if (number == 0)

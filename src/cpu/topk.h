@@ -20,11 +20,21 @@ enum {
     TOPK_STEP = 1024, /* scores that a selection has room for once it is cut back */
     TOPK_SLACK = 16,  /* entries that a filter may write past its n */
     TOPK_NEAR = 16,
+    TOPK_SAMPLE = 256, /* entries of which a bound is taken */
+    TOPK_BITS = 11,    /* of a bin number or a radix digit: 4 KiB of counters, a small part of L1 */
+    TOPK_BINS = 1 << TOPK_BITS,
 };
 
 struct topk_range {
     uint64_t low, high; /* smallest and largest entry */
 };
+
+/* The shift that brings high - low into `bits` bits. */
+static inline int lidx_topk_shift(struct topk_range r, int bits) {
+    uint64_t span = r.high - r.low;
+    int width = span ? 64 - __builtin_clzll(span) : 0;
+    return width > bits ? width - bits : 0;
+}
 
 /* Equal parts of a range of entries, numbered from the best down: of the entries themselves when
  * scale is 0, or else of their scores. */
@@ -48,6 +58,8 @@ struct topk_loops {
     struct topk_range (*range)(const uint64_t *entry, int n);
     /* Moves the entries at or above `bound` to the front, in order; returns how many. */
     int (*keep)(uint64_t *entry, int n, uint64_t bound);
+    /* Copies the entries below `bound`, in order; returns how many. May write TOPK_SLACK more. */
+    int (*below)(uint64_t *out, const uint64_t *entry, int n, uint64_t bound);
     /* How many entries are at or above `bound`. */
     int (*count)(const uint64_t *entry, int n, uint64_t bound);
     /* The next three all or none: with them entries are binned once and settled, without them
@@ -77,6 +89,11 @@ struct topk {
 
 static inline int lidx_topk_capacity(int k) {
     return 4 * k + 2 * TOPK_STEP;
+}
+
+/* What a cut leaves at most: it usually takes one round to get there. */
+static inline int lidx_topk_rough(int k) {
+    return k + k / 2;
 }
 
 /* Order-preserving integer of a score, -0 as +0. That of NaN lies below -inf's; a smaller one would
@@ -125,8 +142,35 @@ void lidx_topk_add(struct topk *t, const uint64_t *sorted, int n);
  * after the other, one buffer for all of them stays in cache. */
 void lidx_topk_move(struct topk *t, uint64_t *entry);
 
+/* The next functions are for selections of which others have a part, and want no scores to wait. */
+
+/* An entry that a few more than n of at least TOPK_SAMPLE candidates reach if a sample of them
+ * tells the truth; 0 where it is seen not to. n < t->n. */
+uint64_t lidx_topk_guess(const struct topk *t, int n);
+
+/* Drops candidates that cannot be among the k best until at most lidx_topk_rough(k) are left. */
+void lidx_topk_cut(struct topk *t);
+
+/* Drops the candidates below a bound, not 0, that k entries reach, here or elsewhere. */
+void lidx_topk_raise(struct topk *t, uint64_t bound);
+
+/* How many candidates reach a bound. */
+int lidx_topk_count(const struct topk *t, uint64_t bound);
+
+/* Moves the candidates below a bound to `rest`, and returns how many these are. Writes up to
+ * TOPK_SLACK entries behind them. */
+int lidx_topk_divide(struct topk *t, uint64_t bound, uint64_t *rest);
+
+/* Takes those of n <= lidx_topk_rough(k) entries, in any order, that reach `bound` but not `above`;
+ * returns how many reach `above`. */
+int lidx_topk_take(struct topk *t, const uint64_t *entry, int n, uint64_t bound, uint64_t above);
+
 /* Reduces to the k best, best first; entry[0..n) is the answer. */
 void lidx_topk_sort(struct topk *t);
+
+/* Orders n entries, best first: the k best, the others are lost. Behind them there is room for n
+ * more and for n + TOPK_SLACK numbers of bins. */
+void lidx_topk_order(const struct topk_loops *loops, uint64_t *entry, int n, int k);
 
 /* The best of two sorted lists, behind each of which there is a 0, which no entry is, or an entry
  * worse than all of both: up to k of them to `out`, best first, and a 0 behind them. Returns how

@@ -179,6 +179,18 @@ TARGET static int keep(uint64_t *entry, int n, uint64_t bound) {
     return kept;
 }
 
+TARGET static int below(uint64_t *out, const uint64_t *entry, int n, uint64_t bound) {
+    const __m256i least = _mm256_set1_epi64x((long long)bound);
+    int copied = 0;
+    for (int i = 0; i < n; i += LANES) {
+        __m256i e = load_live(entry, n, i);
+        __m256i is_below = _mm256_cmpgt_epi64(least, e);
+        int mask = live_lanes(n, i, LANES) & _mm256_movemask_pd(_mm256_castsi256_pd(is_below));
+        copied += store_named(out + copied, e, mask);
+    }
+    return copied;
+}
+
 TARGET static int count(const uint64_t *entry, int n, uint64_t bound) {
     const __m256i below = _mm256_set1_epi64x((long long)(bound - 1));
     __m256i counts = _mm256_setzero_si256();
@@ -252,6 +264,6 @@ TARGET static void settle(uint64_t *out, const uint64_t *in, int n) {
     settle_neighbours(out, in, n);
 }
 
-const struct topk_loops lidx_topk_avx2 = {filter, range, keep, count, place, begin, settle};
+const struct topk_loops lidx_topk_avx2 = {filter, range, keep, below, count, place, begin, settle};
 
 #endif

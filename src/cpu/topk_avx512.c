@@ -172,6 +172,19 @@ TARGET static int keep(uint64_t *entry, int n, uint64_t bound) {
     return kept;
 }
 
+TARGET static int below(uint64_t *out, const uint64_t *entry, int n, uint64_t bound) {
+    const __m512i least = _mm512_set1_epi64((long long)bound);
+    int copied = 0;
+    for (int i = 0; i < n; i += 8) {
+        __mmask8 live = n - i >= 8 ? 0xFF : (__mmask8)((1u << (n - i)) - 1);
+        __m512i e = _mm512_maskz_loadu_epi64(live, entry + i);
+        live = _mm512_mask_cmplt_epu64_mask(live, e, least);
+        _mm512_storeu_si512(out + copied, _mm512_maskz_compress_epi64(live, e));
+        copied += __builtin_popcount(live);
+    }
+    return copied;
+}
+
 TARGET static int count(const uint64_t *entry, int n, uint64_t bound) {
     const __m512i least = _mm512_set1_epi64((long long)bound);
     int counted = 0;
@@ -233,6 +246,7 @@ TARGET static void settle(uint64_t *out, const uint64_t *in, int n) {
     settle_neighbours(out, in, n);
 }
 
-const struct topk_loops lidx_topk_avx512 = {filter, range, keep, count, place, begin, settle};
+const struct topk_loops lidx_topk_avx512 = {filter, range, keep,  below,
+                                            count,  place, begin, settle};
 
 #endif

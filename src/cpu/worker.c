@@ -167,17 +167,17 @@ void lidx_worker_score(struct worker *w, const struct plan_block *block, int64_t
     }
 }
 
-struct topk lidx_worker_select(struct worker *w, int r) {
+struct topk lidx_worker_candidates(struct worker *w, int r) {
     struct topk t = w->row[r].topk;
     lidx_topk_move(&t, w->row[0].topk.entry);
-    lidx_topk_sort(&t);
     return t;
 }
 
 void lidx_worker_finish(struct worker *w, const struct plan_block *block) {
     const struct problem *p = w->run->p;
     for (int r = 0; r < block->n_rows; r++) {
-        const struct topk t = lidx_worker_select(w, r);
+        struct topk t = lidx_worker_candidates(w, r);
+        lidx_topk_sort(&t);
         int64_t row = block->extent.query_begin + block->row + r;
         lidx_write_entries(p, block->batch, row, 0, t.entry, t.n);
         if (t.n < t.k)

@@ -66,9 +66,9 @@ void lidx_worker_load(struct worker *w, const struct plan_block *block);
 void lidx_worker_score(struct worker *w, const struct plan_block *block, int64_t begin,
                        int64_t end);
 
-/* The answer of row r, in order: it stays until the next row's is asked for, which must come after
- * it, since both may lie in the buffer of the first. */
-struct topk lidx_worker_select(struct worker *w, int r);
+/* The selection of row r, in which no score waits: it stays until the next row's is asked for,
+ * which must come after it, since both may lie in the buffer of the first. */
+struct topk lidx_worker_candidates(struct worker *w, int r);
 
 /* Orders and writes the rows of a block that the worker has had alone. */
 void lidx_worker_finish(struct worker *w, const struct plan_block *block);
