@@ -40,6 +40,12 @@ enum stream {
     STREAMS
 };
 
+static const char *const stream_names[STREAMS] = {
+    "random",      "equal",        "two values", "few levels", "rising",
+    "falling",     "nearly equal", "negative",   "bands",      "one band",
+    "alternating", "outliers",     "any kind",   "mostly NaN", "all NaN",
+};
+
 static int number_below(struct rng *rng, int n) {
     return (int)rng_below(rng, (uint64_t)n);
 }
@@ -257,7 +263,7 @@ int main(int argc, char **argv) {
         make_case(&s, &rng, stream);
         for (int i = 0; i < CONTEXTS; i++) {
             char what[96];
-            snprintf(what, sizeof what, "case %ld, stream %d, k %d, %d threads", c, (int)stream,
+            snprintf(what, sizeof what, "case %ld, %s, k %d, %d threads", c, stream_names[stream],
                      s.k, threads[i]);
             CHECK_INT(run(context[i], &s), LIDX_OK, what);
             check_answer(&s, what);
