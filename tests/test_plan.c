@@ -127,7 +127,7 @@ static void check_block(const struct plan *plan, const struct plan_limits *limit
 static void check_plan(const struct problem *p, struct rng *rng, const char *what) {
     struct plan_limits limits = {(int)rng_between(rng, 1, 40), (int)rng_between(rng, 1, PLAN_ROWS),
                                  rng_below(rng, 4) ? rng_between(rng, 2, 400) : 0,
-                                 (int)rng_between(rng, 1, 4)};
+                                 (int)rng_between(rng, 1, 4), (int)rng_between(rng, 1, 100)};
     struct guard cut = guard_after(sizeof(struct plan_block) * (size_t)(limits.slots / 2));
     struct plan plan;
     struct plan_cursor all, some;
@@ -199,7 +199,7 @@ static void check_empty_rows(void) {
 
 /* Sizes near the limits of the interface: arithmetic only, nothing is scored. */
 static void check_large(void) {
-    const struct plan_limits limits = {1024, PLAN_ROWS, 4096, 4};
+    const struct plan_limits limits = {1024, PLAN_ROWS, 4096, 4, 100};
     int32_t query_length = 1, key_length = INT32_MAX;
     struct problem p = {.n_batch = 1,
                         .n_query = 1,
@@ -221,6 +221,41 @@ static void check_large(void) {
           (long long)plan.n_blocks);
 }
 
+/* Threads are woken for as much work as is worth it, and for nothing that one piece holds. */
+static void check_workers(void) {
+    struct plan_limits limits = {16, PLAN_ROWS, 4096, 1, 100};
+    int32_t query_length = 4, key_length = 50;
+    struct problem p = {.n_batch = 1,
+                        .n_query = 4096,
+                        .n_key = 1 << 20,
+                        .sparse_mode = 0,
+                        .query_lengths = &query_length,
+                        .key_lengths = &key_length};
+    static struct plan_block cut[2048];
+    struct plan plan;
+    lidx_plan_build(&plan, &p, &limits, cut);
+    CHECK_INT(plan.n_workers, 1, "threads for 4 x 50 keys");
+    CHECK_INT(plan.n_splits, 0, "blocks cut of 4 x 50 keys");
+    limits.keys_per_us = 1;
+    lidx_plan_build(&plan, &p, &limits, cut);
+    CHECK_INT(plan.n_workers, 16, "threads for 4 x 50 slow keys");
+    limits.keys_per_us = 100;
+    query_length = 4096, key_length = 0;
+    lidx_plan_build(&plan, &p, &limits, cut);
+    CHECK_INT(plan.n_workers, 16, "threads for many rows without keys");
+    query_length = 1, key_length = 1 << 20;
+    lidx_plan_build(&plan, &p, &limits, cut);
+    CHECK_INT(plan.n_workers, 16, "threads for 2^20 keys");
+    limits.n_workers = 1;
+    lidx_plan_build(&plan, &p, &limits, cut);
+    CHECK_INT(plan.n_workers, 1, "threads where there is one");
+    CHECK_INT(plan.n_pieces, 1, "pieces for one thread");
+    limits.n_workers = 16;
+    limits.slots = 0;
+    lidx_plan_build(&plan, &p, &limits, cut);
+    CHECK_INT(plan.n_workers, 1, "threads for a piece that cannot be cut");
+}
+
 int main(void) {
     const char *text = getenv("LIDX_TEST_CASES");
     long cases = text ? atol(text) : 2000;
@@ -237,5 +272,6 @@ int main(void) {
     }
     check_empty_rows();
     check_large();
+    check_workers();
     return test_end();
 }

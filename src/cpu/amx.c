@@ -42,6 +42,7 @@ const struct kernel lidx_kernel_amx = {
     .shares_keys = {[DTYPE_BF16] = 1},
     /* A call finds its queries gone from L1 and the tile unit asleep; L2 has 2 MiB. */
     .tile_keys = 2880,
+    .products_per_ns = 800,
 };
 
 #endif

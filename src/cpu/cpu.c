@@ -27,6 +27,7 @@ enum {
     WORKER_BYTES = ROW_BYTES + SLOT_BYTES + SCORE_BYTES,
     SPLITS_PER_WORKER = 64, /* cut blocks; each has at least two pieces and so two slots */
     SLOTS_PER_WORKER = 2 * SPLITS_PER_WORKER,
+    MOST_KEYS_PER_US = 100,
 };
 
 struct cpu {
@@ -141,6 +142,13 @@ static int rows_wanted(const struct cpu *cpu, int dtype) {
     return kernel->shares_keys[dtype] || is_pair_free ? 4 : 1;
 }
 
+/* How many keys a thread scores in a microsecond, about; where heads are few the rest counts. */
+static int keys_per_us(const struct kernel *kernel, const struct problem *p) {
+    const int products_per_ns = kernel->products_per_ns ? kernel->products_per_ns : 100;
+    const int keys = products_per_ns * 1000 / (p->n_heads * p->head_dim);
+    return keys < 1 ? 1 : keys < MOST_KEYS_PER_US ? keys : MOST_KEYS_PER_US;
+}
+
 static void prepare_run(struct run *run, const struct cpu *cpu, const struct problem *p) {
     size_t n_workers = (size_t)cpu->n_workers;
     run->p = p;
@@ -161,7 +169,7 @@ static void prepare_run(struct run *run, const struct cpu *cpu, const struct pro
     size_t slots = n_workers * SLOT_BYTES / run->slot_bytes, most = n_workers * SLOTS_PER_WORKER;
     const struct plan_limits limits = {cpu->n_workers, rows < PLAN_ROWS ? (int)rows : PLAN_ROWS,
                                        (int64_t)(slots < most ? slots : most),
-                                       rows_wanted(cpu, p->dtype)};
+                                       rows_wanted(cpu, p->dtype), keys_per_us(cpu->kernel, p)};
     lidx_plan_build(&run->plan, p, &limits, cpu->cut);
     memset(cpu->splits, 0, sizeof *cpu->splits * (size_t)run->plan.n_splits);
 }
@@ -205,7 +213,7 @@ static int cpu_run(void *state, const struct problem *p, const struct run_resour
     if (p->n_query == 0)
         return LIDX_OK;
     prepare_run(&run, cpu, p);
-    if (run.plan.n_pieces <= 1 || cpu->n_workers == 1)
+    if (run.plan.n_workers == 1)
         work(&run, 0, 1);
     else
         work_in_team(&run, cpu->n_workers);

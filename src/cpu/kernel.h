@@ -94,6 +94,8 @@ struct kernel {
     /* Most keys of one call of score(): a multiple of 48 up to MAX_TILE_KEYS, 0 = TILE_KEYS. All
      * rows of a block pass over them, so they should stay in L2. */
     int tile_keys;
+    /* How fast it is, about: a key takes n_heads x head_dim products. 0 = 100. */
+    int products_per_ns;
 };
 
 #endif

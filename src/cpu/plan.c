@@ -2,11 +2,12 @@
 #include "plan.h"
 
 enum {
-    BLOCKS_PER_WORKER = 4,  /* where there are as many tokens */
+    BLOCKS_PER_WORKER = 8,  /* where there are as many tokens */
     PIECES_PER_WORKER = 64, /* cores differ in speed, and late ones shall not be waited for */
     PIECE_KEYS = 240,       /* fewer at a time cost the kernels more than balance brings ... */
     PIECE_ROW_KEYS = 96,    /* ... but with one row, where all threads end at once */
-    SERIAL_WORK = 512,      /* keys x rows up to which waking a thread costs more than it saves */
+    SERIAL_US = 10,         /* what one thread does so soon is not worth waking others for */
+    ROW_US = 1,             /* what a row takes besides its keys */
 };
 
 static int64_t smaller(int64_t a, int64_t b) {
@@ -48,7 +49,8 @@ static int64_t block_count(const struct plan *plan, const struct extent *e) {
 
 /* What one walk over all batches finds out. */
 struct sums {
-    int64_t tokens;     /* with at least one key to score */
+    int64_t rows;       /* tokens, ... */
+    int64_t tokens;     /* ... with at least one key to score */
     int64_t work;       /* keys x rows */
     int64_t batches;    /* that have tokens */
     int64_t most_query; /* tokens of a batch */
@@ -61,6 +63,7 @@ static struct sums measure(const struct problem *p) {
         struct extent e = lidx_extent(p, b);
         int64_t last = e.n_query ? lidx_visible(p, &e, e.n_query - 1) : 0;
         int64_t first = e.n_query ? lidx_visible(p, &e, 0) : 0;
+        s.rows += e.n_query;
         s.tokens += last ? e.n_query : 0;
         s.work += (first + last) * smaller(e.n_query, last - first + 1) / 2 +
                   (p->sparse_mode == 0 && e.n_query > 1 ? last * (e.n_query - 1) : 0);
@@ -99,15 +102,16 @@ static int64_t count_blocks(const struct plan *plan) {
 void lidx_plan_build(struct plan *plan, const struct problem *p, const struct plan_limits *limits,
                      struct plan_block *cut) {
     const struct sums all = measure(p);
-    int64_t workers = limits->n_workers;
+    const int64_t serial_us = all.rows * ROW_US + all.work / limits->keys_per_us;
+    const int64_t workers = serial_us > SERIAL_US ? limits->n_workers : 1;
     int64_t rows = larger(all.tokens / (BLOCKS_PER_WORKER * workers), limits->rows_wanted);
     plan->p = p;
     plan->cut = cut;
     plan->rows = (int)smaller(rows, limits->rows);
-    plan->n_workers = limits->n_workers;
+    plan->n_workers = (int)workers;
     plan->n_blocks = all.most_query <= plan->rows ? all.batches : count_blocks(plan);
     plan->piece_work = INT64_MAX / 2;
-    if (workers > 1 && all.work > SERIAL_WORK)
+    if (workers > 1)
         plan->piece_work =
             larger(all.work / (PIECES_PER_WORKER * workers),
                    all.tokens == 1 ? PIECE_ROW_KEYS : PIECE_KEYS * smaller(plan->rows, all.tokens));
@@ -118,6 +122,8 @@ void lidx_plan_build(struct plan *plan, const struct problem *p, const struct pl
         for (count(plan, limits->slots / 2); plan->n_slots > limits->slots;
              count(plan, limits->slots / 2))
             plan->piece_work *= 2;
+    if (plan->n_pieces <= 1)
+        plan->n_workers = 1;
     plan->block_is_batch = all.batches == p->n_batch && all.most_query <= plan->rows;
 }
 

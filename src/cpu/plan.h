@@ -36,6 +36,7 @@ struct plan_limits {
     int rows;        /* most rows of a block that a worker has buffers for, <= PLAN_ROWS */
     int64_t slots;   /* rows of partial results that can be kept */
     int rows_wanted; /* of a block, even where it must then be cut for all to have work */
+    int keys_per_us; /* that a thread scores for a row, about; at least 1 */
 };
 
 struct plan {
@@ -47,7 +48,7 @@ struct plan {
     int64_t n_slots;  /* partial rows of all who may share cut blocks */
     int64_t n_splits; /* blocks that are cut */
     int rows;
-    int n_workers;
+    int n_workers;      /* for whom there is work; 1 where others are not worth waking */
     int block_is_batch; /* each batch is one block */
 };
 
