@@ -52,7 +52,7 @@ static float sample(enum stream stream, struct rng *rng, int i, int n, int run) 
 struct block {
     struct plan_block plan;
     struct join join;
-    int n_members, n_left, n_runs;
+    int n_members, n_runs;
     int begin[MOST_RUNS + 1], owner[MOST_RUNS];
     float score[PLAN_ROWS][MOST_KEYS];
     int32_t order[PLAN_ROWS][MOST_KEYS]; /* best first */
@@ -63,8 +63,7 @@ struct member {
     struct worker worker;
     struct guard entries[PLAN_ROWS];
     int64_t n_keys;
-    int n_pieces; /* runs taken */
-    int next;     /* run to look at */
+    int next; /* run to look at */
     int has_left;
 };
 
@@ -116,12 +115,10 @@ static void make_block(int index, enum stream stream, struct rng *rng) {
     struct block *b = &block[index];
     int n_keys = (int)rng_between(rng, 2, rng_one_in(rng, 2) ? MOST_KEYS : 5000);
     memset(&b->join, 0, sizeof b->join);
-    b->n_left = 0;
     b->n_members = (int)rng_between(rng, 2, rng_one_in(rng, 2) ? MOST_MEMBERS : 4);
     deal(b, rng, n_keys);
     b->plan = (struct plan_block){.batch = index,
                                   .n_keys = n_keys,
-                                  .n_pieces = b->n_runs,
                                   .n_rows = rng_one_in(rng, 2) ? 1 : (int)rng_between(rng, 1, 3),
                                   .slot = index ? block[0].n_members * block[0].plan.n_rows : 0};
     for (int r = 0; r < b->plan.n_rows; r++)
@@ -156,7 +153,7 @@ static uint64_t make_guess(const struct block *b, int r, int k, struct rng *rng)
 static void start_member(struct member *m, const struct block *b, int index) {
     m->worker.run = &run;
     m->worker.index = index;
-    m->n_keys = m->n_pieces = m->next = m->has_left = 0;
+    m->n_keys = m->next = m->has_left = 0;
     for (int r = 0; r < b->plan.n_rows; r++) {
         m->entries[r] = guard_after(sizeof(uint64_t) * (size_t)lidx_topk_capacity(problem.top_k));
         lidx_topk_reset(&m->worker.row[r].topk, problem.top_k,
@@ -177,9 +174,7 @@ static void step(struct member *m, struct block *b, int index, struct rng *rng) 
     while (m->next < b->n_runs && b->owner[m->next] != index)
         m->next++;
     if (m->next == b->n_runs) {
-        b->n_left++;
-        CHECK_INT(lidx_join_leave(&b->join, &m->worker, &b->plan, m->n_pieces, m->n_keys),
-                  b->n_left == b->n_members, "whether a member is the last to leave");
+        lidx_join_leave(&b->join, &m->worker, &b->plan, m->n_keys);
         m->has_left = 1;
         return;
     }
@@ -190,7 +185,6 @@ static void step(struct member *m, struct block *b, int index, struct rng *rng) 
     for (int r = 0; r < b->plan.n_rows; r++)
         push(&m->worker.row[r].topk, b->score[r] + begin, n, begin);
     m->n_keys += n;
-    m->n_pieces++;
     m->next++;
 }
 

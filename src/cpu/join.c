@@ -57,20 +57,14 @@ static int share_of(const struct plan_block *block, int k, int64_t n_keys) {
     return (int)((n_keys * k + block->n_keys - 1) / block->n_keys);
 }
 
-/* Whether a worker has so much that ordering its share alone saves more than it costs to tell it
- * from the rest. */
-static int is_worth_guess(const struct topk *t, int share) {
-    return t->n >= share + TOPK_SAMPLE;
-}
-
-/* Looks for what k entries of all workers will reach, in what one has of n_keys. One looks for all,
- * and only once; nobody waits for it. */
+/* Looks for what k entries of all workers will reach, in what one has of n_keys, if that is so much
+ * that ordering a share of it alone saves time. One looks for all, and only once; nobody waits. */
 static void find_guess(struct join *join, const struct plan_block *block, int r,
                        const struct topk *t, int64_t n_keys) {
     _Atomic uint64_t *guess = &join->guess[r];
     uint64_t none = NO_GUESS;
     int share = share_of(block, t->k, n_keys);
-    if (!is_worth_guess(t, share) ||
+    if (t->n < share + TOPK_SAMPLE ||
         atomic_load_explicit(guess, memory_order_relaxed) != NO_GUESS ||
         !atomic_compare_exchange_strong_explicit(guess, &none, TO_GUESS, memory_order_relaxed,
                                                  memory_order_relaxed))
@@ -123,18 +117,16 @@ static void leave_rest(struct join *join, struct slot *slot, int r, struct topk 
         publish_bound(join, r, guess);
 }
 
-int lidx_join_leave(struct join *join, struct worker *w, const struct plan_block *block,
-                    int n_pieces, int64_t n_keys) {
+void lidx_join_leave(struct join *join, struct worker *w, const struct plan_block *block,
+                     int64_t n_keys) {
     int member = atomic_fetch_add_explicit(&join->members, 1, memory_order_relaxed);
     for (int r = 0; r < block->n_rows; r++) {
         struct slot *slot = slot_at(w->run, block, member, r);
         struct topk t = lidx_worker_candidates(w, r);
         slot->share = share_of(block, t.k, n_keys);
         slot->n_rest = 0;
-        if (is_worth_guess(&t, slot->share)) {
-            find_guess(join, block, r, &t, n_keys);
-            leave_rest(join, slot, r, &t);
-        }
+        find_guess(join, block, r, &t, n_keys);
+        leave_rest(join, slot, r, &t);
         lidx_topk_sort(&t);
         if (t.n == t.k)
             publish_bound(join, r, t.entry[t.k - 1]);
@@ -143,8 +135,6 @@ int lidx_join_leave(struct join *join, struct worker *w, const struct plan_block
         memcpy(slot->entry, t.entry, sizeof *t.entry * (size_t)t.n);
         slot->entry[t.n] = 0;
     }
-    return atomic_fetch_add_explicit(&join->pieces, n_pieces, memory_order_acq_rel) + n_pieces ==
-           block->n_pieces;
 }
 
 /* ---- parts ----------------------------------------------------------------------------------- */

@@ -31,8 +31,7 @@ struct join {
      * there. */
     _Alignas(64) _Atomic uint64_t guess[PLAN_ROWS];
     _Alignas(64) _Atomic int32_t reaching[PLAN_ROWS]; /* entries in slots that reach the guess */
-    _Atomic int32_t members;                          /* workers that have begun to leave */
-    _Atomic int32_t pieces;                           /* of those that have left */
+    _Atomic int32_t members;                          /* workers that have left slots */
     /* Part i is handed out by lane i % PART_LANES, since all want one at the same time. */
     struct {
         _Alignas(64) _Atomic int32_t taken; /* may exceed their number */
@@ -50,14 +49,12 @@ void lidx_join_share_bounds(struct join *join, struct worker *w, const struct pl
 void lidx_join_guess(struct join *join, struct worker *w, const struct plan_block *block,
                      int64_t n_keys);
 
-/* Leaves what the worker has kept of n_keys keys in slots, when it has no more pieces than the
- * n_pieces that it has had. Returns whether these are the last of the block, so that parts can be
- * taken. */
-int lidx_join_leave(struct join *join, struct worker *w, const struct plan_block *block,
-                    int n_pieces, int64_t n_keys);
+/* Leaves what the worker has kept of n_keys keys in slots, when it has no more pieces. */
+void lidx_join_leave(struct join *join, struct worker *w, const struct plan_block *block,
+                     int64_t n_keys);
 
 /* Takes parts as long as there are any, first those of a lane that few others begin with; returns
- * how many. Not before the last piece has been left. */
+ * how many. Not before all workers that have pieces have left. */
 int lidx_join_take_parts(struct join *join, struct worker *w, const struct plan_block *block);
 
 #endif

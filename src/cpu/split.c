@@ -47,6 +47,13 @@ static int take_parts(struct worker *w, const struct plan_block *block) {
     return n;
 }
 
+/* Whether these pieces are the last of the block to be done. */
+static int are_last(struct worker *w, const struct plan_block *block, int n_pieces) {
+    _Atomic int32_t *done = &split_of(w, block)->done;
+    return atomic_fetch_add_explicit(done, n_pieces, memory_order_acq_rel) + n_pieces ==
+           block->n_pieces;
+}
+
 void lidx_split_share(struct worker *w, const struct plan_block *block, int sharers) {
     struct join *join = &split_of(w, block)->join;
     int64_t n_keys = 0;
@@ -70,7 +77,8 @@ void lidx_split_share(struct worker *w, const struct plan_block *block, int shar
         lidx_worker_finish(w, block);
         return;
     }
-    if (lidx_join_leave(join, w, block, n_pieces, n_keys)) {
+    lidx_join_leave(join, w, block, n_keys);
+    if (are_last(w, block, n_pieces)) {
         set_parts(w, block, PARTS_OPEN);
         take_parts(w, block);
     }

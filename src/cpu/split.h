@@ -15,11 +15,11 @@
 /* The parts of a cut block's answer: not before the last piece is in a slot. */
 enum { PARTS_TO_COME, PARTS_OPEN, PARTS_TAKEN };
 
-/* What is shared of a cut block. What many write or look at has a cache line of its own, but what a
- * worker writes at the same time lies together. */
+/* What is shared of a cut block. What many write or look at has a cache line of its own. */
 struct split {
     struct join join;
     _Alignas(64) _Atomic int32_t taken; /* pieces; may exceed their number */
+    _Alignas(64) _Atomic int32_t done;  /* pieces in slots */
     _Alignas(64) _Atomic int32_t state; /* PARTS_... */
 };
 
