@@ -256,6 +256,25 @@ static void check_workers(void) {
     CHECK_INT(plan.n_workers, 1, "threads for a piece that cannot be cut");
 }
 
+/* Several blocks are taken at once where they are many, and not so many that some wait for one. */
+static void check_blocks_at_once(void) {
+    enum { TOKENS = 4 * 64 * 16 };
+    const struct plan_limits limits = {16, PLAN_ROWS, 4096, 1, 100};
+    struct problem p = {.n_batch = 1, .n_key = 3, .sparse_mode = 0};
+    int32_t query_lengths[TOKENS], key_lengths[TOKENS];
+    static struct plan_block cut[2048];
+    struct plan plan;
+    for (int b = 0; b < TOKENS; b++)
+        query_lengths[b] = 1, key_lengths[b] = 3;
+    p.query_lengths = query_lengths, p.key_lengths = key_lengths;
+    for (p.n_batch = 1; p.n_batch <= TOKENS; p.n_batch *= 2) {
+        p.n_query = p.n_batch;
+        lidx_plan_build(&plan, &p, &limits, cut);
+        CHECK_INT(plan.blocks_at_once, p.n_batch < TOKENS / 2 ? 1 : p.n_batch / (TOKENS / 4),
+                  "blocks taken at once");
+    }
+}
+
 int main(void) {
     const char *text = getenv("LIDX_TEST_CASES");
     long cases = text ? atol(text) : 2000;
@@ -273,5 +292,6 @@ int main(void) {
     check_empty_rows();
     check_large();
     check_workers();
+    check_blocks_at_once();
     return test_end();
 }

@@ -90,26 +90,33 @@ static int cpu_workspace_size(void *state, const struct problem *p, int32_t devi
     return LIDX_OK;
 }
 
+static void work_at(struct worker *w, const struct plan_block *block, int sharers) {
+    if (block->n_pieces > 1) {
+        lidx_split_share(w, &w->run->plan.cut[block->split], sharers);
+    } else {
+        lidx_worker_load(w, block);
+        lidx_worker_score(w, block, 0, block->n_keys);
+        lidx_worker_finish(w, block);
+    }
+}
+
 /* Takes blocks that nobody has begun. */
 static void take_blocks(struct worker *w) {
     struct run *run = w->run;
     const struct plan *plan = &run->plan;
+    const int64_t n = plan->blocks_at_once;
     struct plan_cursor cursor;
+    struct plan_block block;
     int sharers = run->n_workers / (int)(plan->n_splits ? plan->n_splits : 1);
-    int64_t i;
+    int64_t begin;
     if (plan->n_blocks == 1 && plan->n_splits == 1)
         return; /* all of it is help, and no thread need be the first */
     lidx_plan_start(&cursor, plan);
-    while ((i = atomic_fetch_add_explicit(&run->next_block, 1, memory_order_relaxed)) <
+    while ((begin = atomic_fetch_add_explicit(&run->next_block, n, memory_order_relaxed)) <
            plan->n_blocks) {
-        struct plan_block block;
-        lidx_plan_seek(&cursor, i, &block);
-        if (block.n_pieces > 1) {
-            lidx_split_share(w, &plan->cut[block.split], sharers ? sharers : 1);
-        } else {
-            lidx_worker_load(w, &block);
-            lidx_worker_score(w, &block, 0, block.n_keys);
-            lidx_worker_finish(w, &block);
+        for (int64_t i = begin; i < begin + n && i < plan->n_blocks; i++) {
+            lidx_plan_seek(&cursor, i, &block);
+            work_at(w, &block, sharers ? sharers : 1);
         }
     }
 }

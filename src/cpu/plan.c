@@ -6,6 +6,7 @@ enum {
     PIECES_PER_WORKER = 64, /* cores differ in speed, and late ones shall not be waited for */
     PIECE_KEYS = 240,       /* fewer at a time cost the kernels more than balance brings ... */
     PIECE_ROW_KEYS = 96,    /* ... but with one row, where all threads end at once */
+    BLOCKS_AT_ONCE = 8,     /* most; a thread that reads on in memory has it fetched ahead */
     SERIAL_US = 10,         /* what one thread does so soon is not worth waking others for */
     ROW_US = 1,             /* what a row takes besides its keys */
 };
@@ -110,6 +111,9 @@ void lidx_plan_build(struct plan *plan, const struct problem *p, const struct pl
     plan->rows = (int)smaller(rows, limits->rows);
     plan->n_workers = (int)workers;
     plan->n_blocks = all.most_query <= plan->rows ? all.batches : count_blocks(plan);
+    /* On average as much work as a piece. */
+    plan->blocks_at_once =
+        larger(1, smaller(plan->n_blocks / (PIECES_PER_WORKER * workers), BLOCKS_AT_ONCE));
     plan->piece_work = INT64_MAX / 2;
     if (workers > 1)
         plan->piece_work =

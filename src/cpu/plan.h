@@ -44,9 +44,10 @@ struct plan {
     struct plan_block *cut; /* blocks that are cut, by their number; the caller's */
     int64_t piece_work;     /* keys x rows of a piece, about */
     int64_t n_blocks;
-    int64_t n_pieces; /* of all blocks */
-    int64_t n_slots;  /* partial rows of all who may share cut blocks */
-    int64_t n_splits; /* blocks that are cut */
+    int64_t blocks_at_once; /* that a worker takes, one behind the other */
+    int64_t n_pieces;       /* of all blocks */
+    int64_t n_slots;        /* partial rows of all who may share cut blocks */
+    int64_t n_splits;       /* blocks that are cut */
     int rows;
     int n_workers;      /* for whom there is work; 1 where others are not worth waking */
     int block_is_batch; /* each batch is one block */
