@@ -4,13 +4,13 @@
  * accumulator tile.
  *
  * A tile reaches the vector registers only through memory, so four slots are under way at once:
- * slot s is multiplied, slot s-1 is stored to a ring of four tiles, and slot s-3 is read back, sent
- * through ReLU, weighted and added to 16 running sums (zmm, one per key). Stored a slot late, a
- * tile never waits for its product; read two slots later, it has left the core's buffers. The rows
- * of a block's last head tile complete the sums of its keys, and a tree that turns 16 sums into 16
- * scores grows as they come. All this is dealt out between the tile instructions: loads and vector
- * work in bursts leave the tile unit waiting, and back to back its instructions run slower on a
- * core whose tile unit has another user.
+ * slot s is multiplied, slot s-1 is stored to a ring of four tiles before the sums begin anew, and
+ * slot s-3 is read back, sent through ReLU, weighted and added to 16 running sums (zmm, one per
+ * key). Read two slots later, a tile has left the core's buffers. The rows of a block's last head
+ * tile complete the sums of its keys, and a tree that turns 16 sums into 16 scores grows as they
+ * come. All this is dealt out between the tile instructions: loads and vector work in bursts leave
+ * the tile unit waiting, and back to back its instructions run slower on a core whose tile unit has
+ * another user.
  */
 #ifndef LIDX_AMX_SLOTS_H
 #define LIDX_AMX_SLOTS_H
@@ -204,12 +204,12 @@ INLINE void replace_keys(const struct step *t, int step, int steps) {
 }
 
 /* fp16: one part of the keys by both parts of the query. */
-INLINE void multiply_parts(int c, int keys) {
-    multiply(c, keys, 0);
-    multiply(c, keys, 1);
+INLINE void multiply_parts(int keys) {
+    multiply(keys, 0);
+    multiply(keys, 1);
 }
 
-INLINE void run_step(struct pass *p, __m512 *sum, const struct step *t, int c, int step, int steps,
+INLINE void run_step(struct pass *p, __m512 *sum, const struct step *t, int step, int steps,
                      int fp16) {
     const int rows = 8 / steps; /* on either side of the product */
     if (fp16) {
@@ -219,15 +219,13 @@ INLINE void run_step(struct pass *p, __m512 *sum, const struct step *t, int c, i
         load_keys(step % 2 * 2, keys, 64);
         load_keys(step % 2 * 2 + 1, keys + TILE_BYTES, 64);
     } else {
-        load_query(step % 2, t->query + step * TILE_BYTES);
+        load_query(0, t->query + step * TILE_BYTES);
     }
     reduce_rows(sum, t, step * 2 * rows, rows);
     if (fp16)
-        multiply_parts(c, step % 2 * 2);
+        multiply_parts(step % 2 * 2);
     else
-        multiply(c, step, step % 2);
-    if (step == steps / 2)
-        store_sums(!c, t->store);
+        multiply(step, 0);
     reduce_rows(sum, t, step * 2 * rows + rows, rows);
     if (!fp16)
         replace_keys(t, step, steps);
@@ -235,7 +233,7 @@ INLINE void run_step(struct pass *p, __m512 *sum, const struct step *t, int c, i
     if (fp16) {
         for (int i = 0; i < t->split_rows; i++)
             split_row(p, t->block + 1, t->split_row + step * t->split_rows + i, steps);
-        multiply_parts(c, step % 2 * 2 + 1);
+        multiply_parts(step % 2 * 2 + 1);
         publish(p->scratch);
     }
 }
@@ -265,9 +263,9 @@ INLINE float *ring_tile(const struct pass *p, int s) {
     return p->ring + (s + RING) % RING * (LANES * LANES);
 }
 
-/* Slot number s modulo RING, with accumulator c = s % 2; `back` is slot s - LAG. `known` says that
- * head tiles are known to the compiler. */
-INLINE void slot(struct pass *p, __m512 *sum, int s, int c, struct place front, struct place back,
+/* Slot number s modulo RING; `back` is slot s - LAG. `known` says that head tiles are known to the
+ * compiler. */
+INLINE void slot(struct pass *p, __m512 *sum, int s, struct place front, struct place back,
                  int known, int steps, int fp16) {
     const int slot_bytes = steps * (fp16 ? 2 : 1) * TILE_BYTES;
     const int done = back.tile == p->n_tiles - 1;
@@ -289,12 +287,13 @@ INLINE void slot(struct pass *p, __m512 *sum, int s, int c, struct place front, 
     t.fetch = fetch_plan(p, front, fp16);
     if (fp16)
         plan_split(p, &t, front, steps);
-    zero_sums(c);
-    run_step(p, sum, &t, c, 0, steps, fp16);
-    run_step(p, sum, &t, c, 1, steps, fp16);
+    store_sums(t.store);
+    zero_sums();
+    run_step(p, sum, &t, 0, steps, fp16);
+    run_step(p, sum, &t, 1, steps, fp16);
     if (steps == 4) {
-        run_step(p, sum, &t, c, 2, steps, fp16);
-        run_step(p, sum, &t, c, 3, steps, fp16);
+        run_step(p, sum, &t, 2, steps, fp16);
+        run_step(p, sum, &t, 3, steps, fp16);
     }
     if (done) {
         if (!known)
@@ -340,17 +339,11 @@ INLINE void run_slots(struct pass *p, int steps, int fp16) {
     back.tile = -LAG - back.block * n_tiles;
     clear_sums(sum);
     for (int64_t s = 0; s < n_slots; s++) {
-        if (s % 2 == 0)
-            slot(p, sum, (int)(s % RING), 0, front, back, 0, steps, fp16);
-        else
-            slot(p, sum, (int)(s % RING), 1, front, back, 0, steps, fp16);
+        slot(p, sum, (int)(s % RING), front, back, 0, steps, fp16);
         advance(&front, n_tiles);
         advance(&back, n_tiles);
     }
-    if (n_slots % 2)
-        store_sums(0, ring_tile(p, (int)((n_slots - 1) % RING)));
-    else
-        store_sums(1, ring_tile(p, (int)((n_slots - 1) % RING)));
+    store_sums(ring_tile(p, (int)((n_slots - 1) % RING)));
     for (int64_t s = n_slots - LAG; s < n_slots; s++) {
         drain(p, sum, (int)((s + RING) % RING), back, 0, fp16);
         advance(&back, n_tiles);
@@ -366,14 +359,14 @@ INLINE struct place place_behind(int s, int block, int n_tokens) {
 INLINE void run_slots_of_token(struct pass *p, __m512 *sum, int block, int token, int n_tokens,
                                int steps, int fp16) {
     const int s = token * 4;
-    slot(p, sum, 0, 0, (struct place){0, block, token}, place_behind(s, block, n_tokens), 1, steps,
+    slot(p, sum, 0, (struct place){0, block, token}, place_behind(s, block, n_tokens), 1, steps,
          fp16);
-    slot(p, sum, 1, 1, (struct place){1, block, token}, place_behind(s + 1, block, n_tokens), 1,
-         steps, fp16);
-    slot(p, sum, 2, 0, (struct place){2, block, token}, place_behind(s + 2, block, n_tokens), 1,
-         steps, fp16);
-    slot(p, sum, 3, 1, (struct place){3, block, token}, place_behind(s + 3, block, n_tokens), 1,
-         steps, fp16);
+    slot(p, sum, 1, (struct place){1, block, token}, place_behind(s + 1, block, n_tokens), 1, steps,
+         fp16);
+    slot(p, sum, 2, (struct place){2, block, token}, place_behind(s + 2, block, n_tokens), 1, steps,
+         fp16);
+    slot(p, sum, 3, (struct place){3, block, token}, place_behind(s + 3, block, n_tokens), 1, steps,
+         fp16);
 }
 
 /* The same for four head tiles, 49 to 64 heads, with all that depends on the head tile known to
@@ -391,7 +384,7 @@ INLINE void run_slots_of_4(struct pass *p, int n_tokens, int steps, int fp16) {
         if (n_tokens == 2)
             run_slots_of_token(p, sum, block, 1, n_tokens, steps, fp16);
     }
-    store_sums(1, ring_tile(p, 3));
+    store_sums(ring_tile(p, 3));
     drain(p, sum, 1, (struct place){1, block - 1, last}, 1, fp16);
     drain(p, sum, 2, (struct place){2, block - 1, last}, 1, fp16);
     drain(p, sum, 3, (struct place){3, block - 1, last}, 1, fp16);

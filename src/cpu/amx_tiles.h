@@ -2,28 +2,26 @@
  *
  * The tile instructions, whose register numbers are part of their names:
  *
- *     tmm0, tmm1   accumulators of even and odd slots; row = key, lane = head
+ *     tmm0         accumulator; row = key, lane = head
  *     tmm2..tmm5   bf16: the block's keys, 32 dimensions each, resident for all its slots
  *                  fp16: high and low parts of the keys, for even and odd steps
- *     tmm6, tmm7   packed query; bf16: even and odd steps, fp16: high and low parts
+ *     tmm6, tmm7   packed query; fp16: high and low parts, bf16: tmm6 alone
+ *
+ * No register is in use that could be spared. The core renames them, and two threads of a core
+ * share the names: a tile register that has not been written since LDTILECFG takes none, and with
+ * all eight in use tile loads wait for products to end, up to twice as long in all.
  */
 #ifndef LIDX_AMX_TILES_H
 #define LIDX_AMX_TILES_H
 
 #include "amx.h"
 
-INLINE void zero_sums(int c) {
-    if (c == 0)
-        _tile_zero(0);
-    else
-        _tile_zero(1);
+INLINE void zero_sums(void) {
+    _tile_zero(0);
 }
 
-INLINE void store_sums(int c, float *tile) {
-    if (c == 0)
-        _tile_stored(0, tile, 64);
-    else
-        _tile_stored(1, tile, 64);
+INLINE void store_sums(float *tile) {
+    _tile_stored(0, tile, 64);
 }
 
 INLINE void load_keys(int step, const void *keys, int64_t stride) {
@@ -42,36 +40,28 @@ INLINE void load_keys(int step, const void *keys, int64_t stride) {
     }
 }
 
-INLINE void load_query(int which, const void *tile) {
-    if (which == 0)
+INLINE void load_query(int part, const void *tile) {
+    if (part == 0)
         _tile_loadd(6, tile, 64);
     else
         _tile_loadd(7, tile, 64);
 }
 
-/* Adds to accumulator c the products of tile 2 + keys with tile 6 + query. */
-INLINE void multiply(int c, int keys, int query) {
-#define PRODUCT(c, keys, query)                                                                    \
-    case c * 64 + keys * 8 + query:                                                                \
-        _tile_dpbf16ps(c, keys, query);                                                            \
+/* Adds the products of tile 2 + keys with tile 6 + query to the sums. */
+INLINE void multiply(int keys, int query) {
+#define PRODUCT(keys, query)                                                                       \
+    case keys * 8 + query:                                                                         \
+        _tile_dpbf16ps(0, keys, query);                                                            \
         break
-    switch (c * 64 + (2 + keys) * 8 + 6 + query) {
-        PRODUCT(0, 2, 6);
-        PRODUCT(0, 2, 7);
-        PRODUCT(0, 3, 6);
-        PRODUCT(0, 3, 7);
-        PRODUCT(0, 4, 6);
-        PRODUCT(0, 4, 7);
-        PRODUCT(0, 5, 6);
-        PRODUCT(0, 5, 7);
-        PRODUCT(1, 2, 6);
-        PRODUCT(1, 2, 7);
-        PRODUCT(1, 3, 6);
-        PRODUCT(1, 3, 7);
-        PRODUCT(1, 4, 6);
-        PRODUCT(1, 4, 7);
-        PRODUCT(1, 5, 6);
-        PRODUCT(1, 5, 7);
+    switch ((2 + keys) * 8 + 6 + query) {
+        PRODUCT(2, 6);
+        PRODUCT(2, 7);
+        PRODUCT(3, 6);
+        PRODUCT(3, 7);
+        PRODUCT(4, 6);
+        PRODUCT(4, 7);
+        PRODUCT(5, 6);
+        PRODUCT(5, 7);
     }
 #undef PRODUCT
 }
