@@ -216,14 +216,14 @@ INLINE void run_step(struct pass *p, __m512 *sum, const struct step *t, int step
         const unsigned char *keys = t->parts + step * 2 * TILE_BYTES;
         load_query(0, t->query + step * 2 * TILE_BYTES);
         load_query(1, t->query + (step * 2 + 1) * TILE_BYTES);
-        load_keys(step % 2 * 2, keys, 64);
-        load_keys(step % 2 * 2 + 1, keys + TILE_BYTES, 64);
+        load_keys(0, keys, 64);
+        load_keys(1, keys + TILE_BYTES, 64);
     } else {
         load_query(0, t->query + step * TILE_BYTES);
     }
     reduce_rows(sum, t, step * 2 * rows, rows);
     if (fp16)
-        multiply_parts(step % 2 * 2);
+        multiply_parts(0);
     else
         multiply(step, 0);
     reduce_rows(sum, t, step * 2 * rows + rows, rows);
@@ -233,7 +233,7 @@ INLINE void run_step(struct pass *p, __m512 *sum, const struct step *t, int step
     if (fp16) {
         for (int i = 0; i < t->split_rows; i++)
             split_row(p, t->block + 1, t->split_row + step * t->split_rows + i, steps);
-        multiply_parts(step % 2 * 2 + 1);
+        multiply_parts(1);
         publish(p->scratch);
     }
 }

@@ -4,7 +4,7 @@
  *
  *     tmm0         accumulator; row = key, lane = head
  *     tmm2..tmm5   bf16: the block's keys, 32 dimensions each, resident for all its slots
- *                  fp16: high and low parts of the keys, for even and odd steps
+ *                  fp16: tmm2, tmm3, high and low parts of the keys, anew in each step
  *     tmm6, tmm7   packed query; fp16: high and low parts, bf16: tmm6 alone
  *
  * No register is in use that could be spared. The core renames them, and two threads of a core
@@ -59,9 +59,7 @@ INLINE void multiply(int keys, int query) {
         PRODUCT(3, 6);
         PRODUCT(3, 7);
         PRODUCT(4, 6);
-        PRODUCT(4, 7);
         PRODUCT(5, 6);
-        PRODUCT(5, 7);
     }
 #undef PRODUCT
 }
