@@ -26,6 +26,7 @@ TITLES = {
     "h100": "NVIDIA H100, bf16, 64 heads x 128, top 2048, causal prefill",
     "h200": "NVIDIA H200, bf16, 64 heads x 128, top 2048, causal prefill",
     "xeon-emerald-rapids": "Xeon with AMX, 16 threads, bf16, 64 heads x 128, top 2048",
+    "xeon-emerald-rapids-avx512": "Xeon (AVX-512 kernels, not its choice), bf16, 64 heads x 128, top 2048",
     "xeon-emerald-rapids-rivals": "Xeon with AMX, bf16, 64 heads x 128, top 2048 in order",
     "zen3": "Zen 3 (AVX2), bf16, 64 heads x 128, top 2048",
     "zen3-fp16": "Zen 3 (AVX2), fp16, 64 heads x 128, top 2048",

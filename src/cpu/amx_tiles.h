@@ -7,9 +7,9 @@
  *                  fp16: tmm2, tmm3, high and low parts of the keys, anew in each step
  *     tmm6, tmm7   packed query; fp16: high and low parts, bf16: tmm6 alone
  *
- * No register is in use that could be spared. The core renames them, and two threads of a core
- * share the names: a tile register that has not been written since LDTILECFG takes none, and with
- * all eight in use tile loads wait for products to end, up to twice as long in all.
+ * No register is in use that could be spared: where another thread is on the core, tile loads take
+ * the longer the more registers have been written since LDTILECFG, up to twice as long in all. Most
+ * likely the core renames them, and its threads share the names.
  */
 #ifndef LIDX_AMX_TILES_H
 #define LIDX_AMX_TILES_H
