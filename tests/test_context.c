@@ -86,11 +86,12 @@ static void check_create(void) {
     for (int i = 0; i < 5; i++) {
         options.kernel = bad_kernels[i];
         refuse_options(&options, LIDX_ERR_OPTION, "kernel", "kernel");
+        char sentence[512]; /* lidx_kernel_info may leave another */
+        snprintf(sentence, sizeof sentence, "%s", lidx_last_error());
         for (int k = 0; k < lidx_kernel_count(); k++) {
             struct lidx_kernel_info info = {.size = sizeof info};
             lidx_kernel_info(k, &info);
-            CHECK(strstr(lidx_last_error(), info.name), "\"%s\" lists %s", lidx_last_error(),
-                  info.name);
+            CHECK(strstr(sentence, info.name), "\"%s\" lists %s", sentence, info.name);
         }
         setenv("LIDX_KERNEL", bad_kernels[i], 1);
         refuse_options(NULL, LIDX_ERR_OPTION, "kernel", "LIDX_KERNEL");
