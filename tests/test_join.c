@@ -12,6 +12,8 @@
 #include "../src/cpu/join.h"
 #include "../src/cpu/kernels.h"
 
+#include "plain_sort.h"
+
 enum {
     BLOCKS = 2,
     MOST_MEMBERS = 40,
@@ -92,23 +94,9 @@ static void deal(struct block *b, struct rng *rng, int n_keys) {
                                        : i % b->n_members;
 }
 
-static const float *order_score;
-
-static int before(const void *left, const void *right) {
-    int32_t a = *(const int32_t *)left, b = *(const int32_t *)right;
-    float x = order_score[a], y = order_score[b];
-    if (isnan(x) || isnan(y))
-        return isnan(x) == isnan(y) ? (a < b ? -1 : 1) : isnan(x) ? 1 : -1;
-    return x > y ? -1 : x < y ? 1 : a < b ? -1 : 1;
-}
-
 static void sort_rows(struct block *b) {
-    for (int r = 0; r < b->plan.n_rows; r++) {
-        for (int i = 0; i < b->plan.n_keys; i++)
-            b->order[r][i] = i;
-        order_score = b->score[r];
-        qsort(b->order[r], (size_t)b->plan.n_keys, sizeof(int32_t), before);
-    }
+    for (int r = 0; r < b->plan.n_rows; r++)
+        plain_sort(b->order[r], b->score[r], (int)b->plan.n_keys, 0);
 }
 
 static void make_block(int index, enum stream stream, struct rng *rng) {

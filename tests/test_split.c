@@ -10,6 +10,7 @@
 
 #include "contexts.h"
 #include "lightning_indexer.h"
+#include "plain_sort.h"
 
 enum {
     HEADS = 2, /* of opposite queries and weights: ReLU(x) - ReLU(-x) = x */
@@ -121,26 +122,10 @@ static void write_query(uint16_t *to, int row) {
             to[h * DIM + i] = test_to_bf16(ldexpf((h + row) % 2 ? -1.0f : 1.0f, 8 * i));
 }
 
-static const float *order_score;
-static int order_odd;
-
-static int before(const void *left, const void *right) {
-    int32_t a = *(const int32_t *)left, b = *(const int32_t *)right;
-    float x = order_score[a], y = order_score[b];
-    if (isnan(x) || isnan(y))
-        return isnan(x) == isnan(y) ? (a < b ? -1 : 1) : isnan(x) ? 1 : -1;
-    int larger = order_odd ? x < y : x > y;
-    return x == y ? (a < b ? -1 : 1) : larger ? -1 : 1;
-}
-
 /* Once for all rows and thread counts: sorting takes longer than all else. */
 static void sort_keys(struct batch_data *b) {
-    order_score = b->score;
-    for (order_odd = 0; order_odd < 2; order_odd++) {
-        for (int i = 0; i < b->n_key; i++)
-            b->order[order_odd][i] = i;
-        qsort(b->order[order_odd], (size_t)b->n_key, sizeof(int32_t), before);
-    }
+    for (int odd = 0; odd < 2; odd++)
+        plain_sort(b->order[odd], b->score, b->n_key, odd);
 }
 
 /* A row that sees the first `visible` keys has them in the order that they have among all. */

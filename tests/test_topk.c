@@ -9,6 +9,8 @@
 #include "../src/cpu/kernels.h"
 #include "../src/cpu/topk.h"
 
+#include "plain_sort.h"
+
 enum stream {
     RANDOM,
     ZEROS,
@@ -77,23 +79,10 @@ static float sample(enum stream stream, struct rng *rng, int i, int n) {
     }
 }
 
-static const float *order_score;
-
-static int before(const void *left, const void *right) {
-    int32_t a = *(const int32_t *)left, b = *(const int32_t *)right;
-    float x = order_score[a], y = order_score[b];
-    if (isnan(x) || isnan(y))
-        return isnan(x) == isnan(y) ? (a < b ? -1 : 1) : isnan(x) ? 1 : -1;
-    return x > y ? -1 : x < y ? 1 : a < b ? -1 : 1;
-}
-
 /* The first n positions in the contract's order. */
 static int32_t *sorted(const float *score, int n, int32_t offset) {
     int32_t *order = malloc(sizeof *order * (size_t)(n + 1));
-    for (int i = 0; i < n; i++)
-        order[i] = i;
-    order_score = score;
-    qsort(order, (size_t)n, sizeof *order, before);
+    plain_sort(order, score, n, 0);
     for (int i = 0; i < n; i++)
         order[i] += offset;
     return order;
@@ -386,7 +375,7 @@ static void run_case(long number, const struct topk_loops *loops, const char *lo
     if (rng_below(&rng, 3) == 0)
         in.n = (int)(rng_between(&rng, 1, 20) * 128 + rng_between(&rng, -17, 17));
     in.offset = rng_below(&rng, 8) ? 0 : INT32_MAX - in.n;
-    in.score = malloc(sizeof *in.score * (size_t)(in.n + 1));
+    in.score = calloc((size_t)in.n + 1, sizeof *in.score);
     for (int i = 0; i < in.n; i++)
         in.score[i] = sample(stream, &rng, i, in.n);
     in.order = sorted(in.score, in.n, in.offset);
