@@ -76,8 +76,7 @@ static void count_bins(uint16_t count[TOPK_BINS], const uint64_t *entry, int n, 
     }
 }
 
-/* Drops what is below `bound`, which at least k entries reach. */
-static void drop_below(struct topk *t, uint64_t bound) {
+void lidx_topk_raise(struct topk *t, uint64_t bound) {
     t->n = t->loops->keep(t->entry, t->n, bound);
     if (t->threshold < bound - 1) /* others may have told of a better one */
         t->threshold = bound - 1;
@@ -99,7 +98,7 @@ static void cut_by_bins(struct topk *t, int most) {
         uint64_t last = low + (((uint64_t)1 << shift) - 1);
         r.high = last < r.high ? last : r.high;
         r.low = low;
-        drop_below(t, low);
+        lidx_topk_raise(t, low);
     } while (t->n > most);
 }
 
@@ -149,7 +148,7 @@ static void cut(struct topk *t, int most) {
         uint64_t sample[TOPK_SAMPLE], bound = guess_bound(t, t->k, sample);
         int reach = t->loops->count(t->entry, t->n, bound);
         if (reach >= t->k && reach < t->n)
-            drop_below(t, bound);
+            lidx_topk_raise(t, bound);
     }
     if (t->n > most)
         cut_by_bins(t, most);
@@ -264,10 +263,6 @@ uint64_t lidx_topk_guess(const struct topk *t, int n) {
     int first = t->loops->count(sample, HALF, bound);
     int last = t->loops->count(sample + HALF, HALF, bound);
     return first - last > 4 * deviation_of(first + last) ? 0 : bound;
-}
-
-void lidx_topk_raise(struct topk *t, uint64_t bound) {
-    drop_below(t, bound);
 }
 
 void lidx_topk_cut(struct topk *t) {
